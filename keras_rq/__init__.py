@@ -1,0 +1,23 @@
+"""Train Keras models that survive 1-bit and sparse arithmetic, then run them as integers."""
+
+from keras_rq import layers, ops, quantizers
+from keras_rq.api import install as _install
+from keras_rq.api import quantize
+from keras_rq.policy import QuantizationPolicy, Rule
+from keras_rq.quantizers.tensor import QuantizedTensor
+from keras_rq.reports.report import Report, report
+
+__version__ = "0.1.0"
+__all__ = [
+    "QuantizationPolicy",
+    "QuantizedTensor",
+    "Report",
+    "Rule",
+    "layers",
+    "ops",
+    "quantize",
+    "quantizers",
+    "report",
+]
+
+_install()

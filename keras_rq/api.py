@@ -1,0 +1,101 @@
+"""What users call on whole models, composed from the rooms."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import keras
+
+from keras_rq.layers.base import is_quantized
+from keras_rq.policy import QuantizationPolicy
+from keras_rq.reports.report import Report, report
+from keras_rq.training import surgery
+
+
+def quantize(
+    model: keras.layers.Layer,
+    policy: QuantizationPolicy,
+    filters: surgery.Filters = None,
+    *,
+    verbose: bool = True,
+) -> Report:
+    """Makes a float model trainable and quantized, in place. Also: `model.quantize(policy)`.
+
+    Layers keep their identity, names, variables and place in the graph. An optimizer's state stays
+    valid. What stays in float is printed and reported, with the reason.
+
+    Args:
+        model: a built Keras model (or layer) of any kind: Sequential, Functional, subclassed,
+            nested, with shared layers.
+        policy: which layer gets which quantizers.
+        filters: as in `keras.Model.quantize`: a regular expression or several, searched in layer
+            names, or a callable that takes a layer; other layers stay in float.
+        verbose: print what was quantized and what was not.
+
+    Returns:
+        The model's `Report`.
+
+    Raises:
+        TypeError, ValueError: wrong arguments, an unbuilt model, a model quantized before, or
+            quantizers that a layer cannot have. The model is then as it was.
+
+    Example:
+
+    >>> import keras, keras_rq as rq
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="d")])
+    >>> rq.quantize(model, rq.QuantizationPolicy("A4W1"), verbose=False).rows[0].weight_bits
+    1
+    """
+    plan = surgery.quantize(model, policy, filters)
+    result = report(model, kept={id(layer): reason for layer, reason in plan.kept})
+    if verbose:
+        print(result.summary())
+    return result
+
+
+class _QuantizeDescriptor:
+    """`keras.Model.quantize` that understands a `QuantizationPolicy` and delegates all else.
+
+    A data descriptor: Keras puts a wrapped `quantize` into every model's `__dict__`, and only a
+    data descriptor on the class comes before that, for models made before keras_rq was imported
+    too.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        if model is None:
+            return self.original
+        wrapped = model.__dict__.get("quantize")
+        if wrapped is None:  # Layer.__new__ asks for the method that it is about to wrap
+            return self.original.__get__(model)
+
+        @functools.wraps(self.original)
+        def quantize_model(
+            mode: Any = None, config: Any = None, filters: Any = None, **kwargs: Any
+        ) -> Any:
+            policy = mode if isinstance(mode, QuantizationPolicy) else config
+            if isinstance(policy, QuantizationPolicy):
+                return quantize(model, policy, filters, **kwargs)
+            if any(is_quantized(layer) for layer in model._flatten_layers()):
+                raise ValueError(
+                    f"Model {model.name!r} is quantized by keras_rq; Keras's own quantization "
+                    f"needs a float model. Received: mode={mode!r}, config={config!r}"
+                )
+            if filters is not None:
+                kwargs["filters"] = filters
+            return wrapped(mode, config=config, **kwargs)
+
+        return quantize_model
+
+    def __set__(self, model: Any, value: Any) -> None:
+        model.__dict__["quantize"] = value
+
+
+def install() -> None:
+    """Lets `model.quantize(policy)` work. The one thing that importing keras_rq changes."""
+    current = keras.Model.__dict__["quantize"]
+    if not isinstance(current, _QuantizeDescriptor):
+        keras.Model.quantize = _QuantizeDescriptor(current)

@@ -1,0 +1,25 @@
+"""What keras.ops does not offer, once per framework. The active Keras backend decides."""
+
+from __future__ import annotations
+
+import importlib
+
+import keras
+
+_SUPPORTED = ("tensorflow", "jax", "torch", "numpy")
+
+
+def _active():
+    name = keras.backend.backend()
+    if name not in _SUPPORTED:
+        raise ImportError(
+            f"keras_rq runs on the Keras backends {', '.join(_SUPPORTED)}. "
+            f"Received: KERAS_BACKEND={name!r}"
+        )
+    return importlib.import_module(f"keras_rq.backend.{name}")
+
+
+_backend = _active()
+with_gradient = _backend.with_gradient
+
+__all__ = ["with_gradient"]

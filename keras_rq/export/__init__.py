@@ -1,0 +1,1 @@
+"""From a trained quantized model to files that run as integers."""

@@ -1,0 +1,36 @@
+"""Quantized layers: each one is the Keras layer of its name, with quantized operands."""
+
+from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.convolutional import (
+    QuantizedConv1D,
+    QuantizedConv1DTranspose,
+    QuantizedConv2D,
+    QuantizedConv2DTranspose,
+    QuantizedConv3D,
+    QuantizedConv3DTranspose,
+    QuantizedDepthwiseConv1D,
+    QuantizedDepthwiseConv2D,
+    QuantizedSeparableConv1D,
+    QuantizedSeparableConv2D,
+)
+from keras_rq.layers.core import QuantizedDense, QuantizedEinsumDense, QuantizedEmbedding
+from keras_rq.layers.registry import quantized_class, supported_layers
+
+__all__ = [
+    "QuantizedConv1D",
+    "QuantizedConv1DTranspose",
+    "QuantizedConv2D",
+    "QuantizedConv2DTranspose",
+    "QuantizedConv3D",
+    "QuantizedConv3DTranspose",
+    "QuantizedDense",
+    "QuantizedDepthwiseConv1D",
+    "QuantizedDepthwiseConv2D",
+    "QuantizedEinsumDense",
+    "QuantizedEmbedding",
+    "QuantizedLayer",
+    "QuantizedSeparableConv1D",
+    "QuantizedSeparableConv2D",
+    "quantized_class",
+    "supported_layers",
+]

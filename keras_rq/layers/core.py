@@ -1,0 +1,71 @@
+"""Quantized Dense, EinsumDense and Embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.products import Einsum, Lookup, MatMul, Product
+from keras_rq.layers.registry import quantizes
+from keras_rq.numerics.sparsity import Unstructured
+
+
+@quantizes(keras.layers.Dense)
+class QuantizedDense(QuantizedLayer, keras.layers.Dense):
+    """`keras.layers.Dense` on quantized operands.
+
+    Blocks run along the contraction axis of both operands: `block_size` consecutive features of one
+    token of the input, and of one output channel of the kernel, share a scale and an offset. The
+    product is then a sum over blocks of integer products (Theorem 1). The bias stays in float.
+    """
+
+    def products(self) -> dict[str, Product]:
+        return {"kernel": MatMul()}
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.add_bias_and_activate(self.multiply("kernel", inputs))
+
+
+@quantizes(keras.layers.EinsumDense)
+class QuantizedEinsumDense(QuantizedLayer, keras.layers.EinsumDense):
+    """`keras.layers.EinsumDense` on quantized operands.
+
+    Letters that both operands have and the output lacks are contracted; blocks run along them as if
+    they were one axis, in the order of the kernel. Every other axis has statistics of its own.
+    """
+
+    def products(self) -> dict[str, Product]:
+        rank = len(self._build_shapes_dict["input_shape"]) if self._build_shapes_dict else 0
+        return {"kernel": Einsum.create(self.equation, rank)}
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.add_bias_and_activate(self.multiply("kernel", inputs))
+
+
+@quantizes(keras.layers.Embedding)
+class QuantizedEmbedding(QuantizedLayer, keras.layers.Embedding):
+    """`keras.layers.Embedding` with a quantized table; its input are indices.
+
+    Blocks run along each row: a row is looked up first and then quantized, with the same result.
+    """
+
+    def products(self) -> dict[str, Product]:
+        return {"embeddings": Lookup()}
+
+    def call(self, inputs: Any) -> Any:
+        if inputs.dtype not in ("int32", "int64"):
+            inputs = ops.cast(inputs, "int32")
+        if (lowered := self.lowered) is not None:
+            return lowered("embeddings", self.products()["embeddings"], inputs)
+        table, quantizer = self.float32_kernel("embeddings"), self.quantization.weights
+        if quantizer is None:
+            return ops.cast(ops.take(table, inputs, axis=0), self.compute_dtype)
+        blocks = self.products()["embeddings"].kernel_blocks(quantizer)
+        if blocks.size == "tensor" or isinstance(quantizer.pattern, Unstructured):
+            rows = ops.take(quantizer.fake_quantize(table, blocks), inputs, axis=0)
+        else:
+            rows = quantizer.fake_quantize(ops.take(table, inputs, axis=0), blocks)
+        return ops.cast(rows, self.compute_dtype)

@@ -1,0 +1,288 @@
+"""The products that layers compute, as descriptions: which axes contract, and how to run them.
+
+A layer quantizes both operands block by block along the contraction and hands them to its product.
+Training runs `apply` on the dequantized operands; reports and lowering read the fields.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from keras_rq.numerics.blocks import Blocks
+from keras_rq.quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class Product:
+    """What an input is multiplied with, and along which axes.
+
+    Attributes:
+        input_axes: contraction axes of the input, as in `Blocks.axes`.
+        input_shared: axes of the input that share statistics with them.
+        kernel_axes: contraction axes of the kernel, in the same order.
+        kernel_shared: axes of the kernel that share statistics with them.
+    """
+
+    input_axes: tuple[int, ...]
+    input_shared: tuple[int, ...]
+    kernel_axes: tuple[int, ...]
+    kernel_shared: tuple[int, ...]
+
+    is_convolution = False
+    can_block = True  # whether integer block sizes make sense for the contraction
+
+    def input_blocks(self, quantizer: Quantizer) -> Blocks:
+        """Which elements of the input share statistics."""
+        return self._blocks(quantizer, self.input_axes, self.input_shared)
+
+    def kernel_blocks(self, quantizer: Quantizer) -> Blocks:
+        """Which elements of the kernel share statistics."""
+        return self._blocks(quantizer, self.kernel_axes, self.kernel_shared)
+
+    def _blocks(
+        self, quantizer: Quantizer, axes: tuple[int, ...], shared: tuple[int, ...]
+    ) -> Blocks:
+        blocks = quantizer.blocks(axes, shared, convolution=self.is_convolution)
+        return blocks if self.can_block or blocks.size == "tensor" else blocks.by_channel
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        """The product of two float operands."""
+        raise NotImplementedError
+
+    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+        """How often each kernel element is used per sample; None if a size is unknown."""
+        return _count(output_shape[1:-1])
+
+
+@dataclass(frozen=True)
+class MatMul(Product):
+    """`(..., K) x (K, N)`."""
+
+    input_axes: tuple[int, ...] = (-1,)
+    input_shared: tuple[int, ...] = ()
+    kernel_axes: tuple[int, ...] = (0,)
+    kernel_shared: tuple[int, ...] = ()
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return ops.matmul(x, kernel)
+
+
+@dataclass(frozen=True)
+class Einsum(Product):
+    """A product of an input and a kernel in Einstein notation."""
+
+    equation: str = ""
+
+    @classmethod
+    def create(cls, equation: str, input_rank: int) -> Einsum:
+        """Finds the axes: a letter of both operands that the output lacks is contracted."""
+        operands, output = equation.replace(" ", "").split("->")
+        x, kernel = operands.split(",")
+        # Count input axes from the right unless an ellipsis stands on the right.
+        x = _expand_ellipsis(x, input_rank)
+        contracted = [letter for letter in kernel if letter in x and letter not in output]
+        return cls(
+            tuple(x.index(letter) for letter in contracted),
+            (),
+            tuple(kernel.index(letter) for letter in contracted),
+            (),
+            equation,
+        )
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return ops.einsum(self.equation, x, kernel)
+
+    @property
+    def is_matmul(self) -> bool:
+        """Whether every letter is either contracted or of the output and one operand alone."""
+        x, kernel, output = self._labels(0)
+        contracted = {kernel[a] for a in self.kernel_axes}
+        free_x, free_kernel = set(x) - contracted, set(kernel) - contracted
+        return not free_x & free_kernel and free_x | free_kernel == set(output)
+
+    def as_matmul(self, x: Any, kernel: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+        """Operands as `(..., K)` and `(K, N)`, and what makes the equation's output of `(..., N)`.
+
+        Only where `is_matmul`; contracted letters are merged in their order in the kernel.
+        """
+        labels_x, labels_kernel, output = self._labels(len(x.shape))
+        contracted = [labels_kernel[a] for a in self.kernel_axes]
+        free_x = [letter for letter in labels_x if letter not in contracted]
+        free_kernel = [letter for letter in labels_kernel if letter not in contracted]
+        x = ops.transpose(x, [labels_x.index(letter) for letter in (*free_x, *contracted)])
+        kernel = ops.transpose(
+            kernel, [labels_kernel.index(letter) for letter in (*contracted, *free_kernel)]
+        )
+        lead, columns = tuple(x.shape[: len(free_x)]), tuple(kernel.shape[len(contracted) :])
+        order = [(*free_x, *free_kernel).index(letter) for letter in output]
+
+        def restore(product: Any) -> Any:
+            return ops.transpose(ops.reshape(product, (*lead, *columns)), order)
+
+        length = math.prod(kernel.shape[: len(contracted)])
+        return ops.reshape(x, (*lead, length)), ops.reshape(kernel, (length, -1)), restore
+
+    def _labels(self, input_rank: int) -> tuple[str, str, str]:
+        operands, output = self.equation.replace(" ", "").split("->")
+        x, kernel = operands.split(",")
+        expanded = _expand_ellipsis(x, input_rank)
+        fill = "".join(letter for letter in expanded if letter not in x)
+        return expanded, kernel, output.replace("...", fill)
+
+    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+        operands, output = self.equation.replace(" ", "").split("->")
+        kernel = operands.split(",")[1]
+        letters = _expand_ellipsis(output, len(output_shape))
+        pairs = list(zip(letters, output_shape, strict=True))
+        return _count([size for letter, size in pairs[1:] if letter not in kernel])
+
+
+def _expand_ellipsis(labels: str, rank: int) -> str:
+    if "..." not in labels:
+        return labels
+    missing = max(rank - (len(labels) - 3), 0)
+    return labels.replace("...", "".join(chr(ord("α") + i) for i in range(missing)))
+
+
+@dataclass(frozen=True)
+class Spatial(Product):
+    """Common to convolutions: the geometry. The input comes padded; no border is added."""
+
+    strides: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    data_format: str = "channels_last"
+
+    is_convolution = True
+
+    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+        last = self.data_format == "channels_last"
+        return _count(output_shape[1:-1] if last else output_shape[2:])
+
+    @staticmethod
+    def input_layout(rank: int, data_format: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The channel axis, and the spatial axes that share statistics with it."""
+        if data_format == "channels_last":
+            return (rank + 1,), tuple(range(1, rank + 1))
+        return (1,), tuple(range(2, rank + 2))
+
+
+@dataclass(frozen=True)
+class Convolution(Spatial):
+    """Kernel (spatial..., input channels / groups, filters)."""
+
+    @classmethod
+    def create(
+        cls,
+        rank: int,
+        strides: tuple[int, ...],
+        dilation: tuple[int, ...],
+        data_format: str,
+    ) -> Convolution:
+        axes, shared = cls.input_layout(rank, data_format)
+        kernel_shared = tuple(range(rank))
+        return cls(
+            axes, shared, (rank,), kernel_shared, tuple(strides), tuple(dilation), data_format
+        )
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return ops.conv(
+            x,
+            kernel,
+            strides=list(self.strides),
+            padding="valid",
+            data_format=self.data_format,
+            dilation_rate=self.dilation,
+        )
+
+
+@dataclass(frozen=True)
+class Depthwise(Spatial):
+    """Kernel (spatial..., channels, multiplier): the contraction runs over the spatial axes."""
+
+    can_block = False
+
+    @classmethod
+    def create(
+        cls,
+        rank: int,
+        strides: tuple[int, ...],
+        dilation: tuple[int, ...],
+        data_format: str,
+    ) -> Depthwise:
+        axes, shared = cls.input_layout(rank, data_format)
+        return cls(
+            axes, shared, tuple(range(rank)), (), tuple(strides), tuple(dilation), data_format
+        )
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return ops.depthwise_conv(
+            x,
+            kernel,
+            strides=self.strides,
+            padding="valid",
+            data_format=self.data_format,
+            dilation_rate=self.dilation,
+        )
+
+
+@dataclass(frozen=True)
+class TransposedConvolution(Spatial):
+    """Kernel (spatial..., filters, input channels); padding crops the output, not the input."""
+
+    padding: str = "valid"
+    output_padding: Any = None
+
+    @classmethod
+    def create(
+        cls,
+        rank: int,
+        strides: tuple[int, ...],
+        dilation: tuple[int, ...],
+        data_format: str,
+        padding: str,
+        output_padding: Any,
+    ) -> TransposedConvolution:
+        axes, shared = cls.input_layout(rank, data_format)
+        geometry = (tuple(strides), tuple(dilation), data_format, padding, output_padding)
+        return cls(axes, shared, (rank + 1,), tuple(range(rank)), *geometry)
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return ops.conv_transpose(
+            x,
+            kernel,
+            strides=list(self.strides),
+            padding=self.padding,
+            output_padding=self.output_padding,
+            data_format=self.data_format,
+            dilation_rate=self.dilation,
+        )
+
+    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+        # Every input element meets the whole kernel, and the strides lie between input elements.
+        positions = super().positions(output_shape)
+        return None if positions is None else positions // math.prod(self.strides)
+
+
+@dataclass(frozen=True)
+class Lookup(Product):
+    """Rows of a table: nothing is multiplied; blocks run along each row."""
+
+    input_axes: tuple[int, ...] = ()
+    input_shared: tuple[int, ...] = ()
+    kernel_axes: tuple[int, ...] = (-1,)
+    kernel_shared: tuple[int, ...] = ()
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return ops.take(kernel, x, axis=0)
+
+    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+        return 0
+
+
+def _count(sizes: Sequence[int | None]) -> int | None:
+    return None if None in sizes else math.prod(sizes)

@@ -1,0 +1,50 @@
+"""Which quantized class takes the place of which Keras class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+_CLASSES: dict[type, type] = {}
+
+
+def quantizes(keras_class: type):
+    """Class decorator: registers a quantized layer as the counterpart of `keras_class`.
+
+    The class is saved as `keras_rq>Quantized...` but keeps the name of the Keras class, because
+    that name is part of the path of every weight in a weights file: so float checkpoints load into
+    quantized models and back.
+    """
+
+    def register(cls: type) -> type:
+        keras.saving.register_keras_serializable("keras_rq", cls.__name__)(cls)
+        cls.__name__ = keras_class.__name__
+        _CLASSES[keras_class] = cls
+        return cls
+
+    return register
+
+
+def quantized_class(keras_class: type) -> type | None:
+    """The quantized counterpart of exactly this Keras class."""
+    return _CLASSES.get(keras_class)
+
+
+def supported_layers() -> list[type]:
+    """The Keras classes that have a quantized counterpart."""
+    return list(_CLASSES)
+
+
+def products_of(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The products of a layer, quantized or not, by kernel attribute; {} for unknown classes."""
+    cls = _CLASSES.get(type(layer), type(layer))
+    # `products` reads only attributes of the Keras class, so a float layer can stand in for self.
+    return cls.products(layer) if hasattr(cls, "products") else {}
+
+
+def owns_weights(layer: keras.layers.Layer) -> bool:
+    """Whether a report has a row for a layer: it has weights that are not its children's."""
+    return bool(products_of(layer)) or bool(
+        layer._trainable_variables and not isinstance(layer, keras.Model)
+    )

@@ -1,0 +1,1 @@
+"""Pure tensor functions: grids, blocks, ranges, dequantizers, sparsity, rotations, storage."""

@@ -1,0 +1,262 @@
+"""Which elements share statistics: a tensor, a channel, or blocks along the contraction axis.
+
+`Blocks` says it without knowing a shape; `Blocks.view(shape)` binds it to one. A view splits the
+contraction axis in place, `(..., length, ...) -> (..., blocks, block, ...)`, so that reductions run
+over whole axes and no transpose is needed unless several contraction axes lie apart.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+BlockSize = int | str
+
+
+def check_block_size(block_size: Any, name: str = "block_size") -> BlockSize:
+    """Returns `block_size` or raises a `ValueError` that names the argument `name`."""
+    if block_size in ("channel", "tensor"):
+        return block_size
+    is_integer = isinstance(block_size, (int, np.integer)) and not isinstance(block_size, bool)
+    if not is_integer or block_size < 1:
+        raise ValueError(
+            f"`{name}` must be a positive integer, 'channel' or 'tensor'. "
+            f"Received: {name}={block_size!r}"
+        )
+    return int(block_size)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which elements of a tensor share one range and one dequantizer.
+
+    Attributes:
+        axes: contraction axes, in the order in which they are contracted; blocks run along them as
+            if they were one axis.
+        shared: further axes whose elements share statistics (the spatial axes of a convolution).
+            Every other axis (batch, token, output channel) has statistics of its own.
+        size: elements of the contraction axes in a block; "channel" for all of them, "tensor" for
+            one block that holds the whole tensor. The last block is shorter where `size` does not
+            divide the length.
+    """
+
+    axes: tuple[int, ...] = (-1,)
+    shared: tuple[int, ...] = ()
+    size: BlockSize = 128
+
+    def view(self, shape: tuple[int | None, ...]) -> BlockView:
+        """Binds the blocks to a tensor of `shape` (None where the size is not known).
+
+        Raises:
+            ValueError: if an axis lies outside the shape, is named twice, or if blocks must be
+                counted along an axis of unknown size.
+        """
+        rank = len(shape)
+        named = (*self.axes, *self.shared)
+        if any(not -rank <= a < rank for a in named):
+            raise ValueError(f"axis {named} lies outside a tensor of shape {tuple(shape)}.")
+        axes = tuple(a % rank for a in self.axes)
+        shared = tuple(a % rank for a in self.shared)
+        if len({*axes, *shared}) != len(named):
+            raise ValueError(f"axis {named} names an axis of shape {tuple(shape)} twice.")
+        if self.size == "tensor":
+            return BlockView(tuple(shape), tuple(range(rank)))
+        whole = BlockView(tuple(shape), tuple(sorted((*axes, *shared))))
+        if self.size == "channel":
+            return whole
+        merged = MergedAxes(tuple(shape), axes)
+        if self.size >= merged.length:
+            return whole
+        return _SplitView.create(merged, shared, self.size)
+
+    @property
+    def by_channel(self) -> Blocks:
+        """The same axes with one block along the whole contraction."""
+        return Blocks(self.axes, self.shared, "channel")
+
+
+@dataclass(frozen=True)
+class MergedAxes:
+    """Several axes of a tensor seen as one, in the order given; the identity for a single axis."""
+
+    shape: tuple[int | None, ...]
+    axes: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        sizes = [self.shape[a] for a in self.axes]
+        if None in sizes:
+            raise ValueError(
+                f"The contraction axes {self.axes} of a tensor of shape {self.shape} must have a "
+                "known size. Give the model a fixed size on that axis, or use block_size='channel'."
+            )
+        return math.prod(sizes)
+
+    @property
+    def position(self) -> int:
+        """Where the merged axis lies after `merge`."""
+        first = self.axes[0]
+        return sum(1 for a in range(first) if a not in self.axes)
+
+    @property
+    def _order(self) -> list[int]:
+        rest = [a for a in range(len(self.shape)) if a not in self.axes]
+        return [*rest[: self.position], *self.axes, *rest[self.position :]]
+
+    def merge(self, x: Any) -> Any:
+        """`(..., a, ..., b, ...) -> (..., a * b, ...)`."""
+        if len(self.axes) == 1:
+            return x
+        order = self._order
+        if order != sorted(order):
+            x = ops.transpose(x, order)
+        sizes = list(ops.shape(x))
+        at = self.position
+        return ops.reshape(x, [*sizes[:at], self.length, *sizes[at + len(self.axes) :]])
+
+    def unmerge(self, x: Any) -> Any:
+        """Inverse of `merge`."""
+        if len(self.axes) == 1:
+            return x
+        sizes, at, order = list(ops.shape(x)), self.position, self._order
+        x = ops.reshape(x, [*sizes[:at], *(self.shape[a] for a in self.axes), *sizes[at + 1 :]])
+        return x if order == sorted(order) else ops.transpose(x, list(np.argsort(order)))
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """A tensor whose blocks are whole axes: reductions with kept dimensions, nothing to reshape.
+
+    Attributes:
+        shape: of the tensor that is viewed.
+        reduced: axes of the *split* tensor that lie inside a block.
+    """
+
+    shape: tuple[int | None, ...]
+    reduced: tuple[int, ...]
+
+    @property
+    def count(self) -> Any:
+        """Elements per block; a float or an array that broadcasts against the statistics."""
+        sizes = [self.shape[a] for a in self.reduced]
+        return None if None in sizes else float(math.prod(sizes))
+
+    def split(self, x: Any) -> Any:
+        """The tensor with its blocks laid open."""
+        return x
+
+    def merge(self, values: Any) -> Any:
+        """Inverse of `split`."""
+        return values
+
+    def present(self, values: Any) -> Any:
+        """Zero where the split tensor holds padding, `values` elsewhere."""
+        return values
+
+    def sum(self, values: Any) -> Any:
+        return ops.sum(self.present(values), axis=self.reduced, keepdims=True)
+
+    def mean(self, values: Any) -> Any:
+        if self.count is None:  # an axis whose size is known only when the graph runs
+            return ops.mean(values, axis=self.reduced, keepdims=True)
+        return self.sum(values) * (1.0 / self.count)
+
+    def max(self, values: Any) -> Any:
+        return ops.max(values, axis=self.reduced, keepdims=True)
+
+    def min(self, values: Any) -> Any:
+        return ops.min(values, axis=self.reduced, keepdims=True)
+
+    def statistic(self, values: Any) -> Any:
+        """A statistic with one entry per block in place of the contraction axis."""
+        return values
+
+
+@dataclass(frozen=True)
+class _SplitView(BlockView):
+    """A view whose contraction axis is split into blocks, the last one possibly padded."""
+
+    merged: MergedAxes = field(kw_only=True)
+    blocks: int = field(kw_only=True)
+    block: int = field(kw_only=True)
+
+    @classmethod
+    def create(cls, merged: MergedAxes, shared: tuple[int, ...], size: int) -> _SplitView:
+        at = merged.position
+        # Where a shared axis lies once the contraction axes are merged and split in two.
+        kept = [a for a in merged._order if a not in merged.axes]
+        moved = [kept.index(a) + (2 if kept.index(a) >= at else 0) for a in shared]
+        blocks = -(-merged.length // size)
+        reduced = tuple(sorted((at + 1, *moved)))
+        return cls(merged.shape, reduced, merged=merged, blocks=blocks, block=size)
+
+    @property
+    def _padding(self) -> int:
+        return self.blocks * self.block - self.merged.length
+
+    def _on_axes(self, array: np.ndarray) -> np.ndarray:
+        """A (blocks, block) array placed so that it broadcasts against the split tensor."""
+        rank = len(self.shape) - len(self.merged.axes) + 2
+        at = self.merged.position
+        return array.reshape([1] * at + list(array.shape) + [1] * (rank - at - 2))
+
+    @property
+    def _is_present(self) -> np.ndarray:
+        flat = np.arange(self.blocks * self.block) < self.merged.length
+        return self._on_axes(flat.reshape(self.blocks, self.block))
+
+    @property
+    def count(self) -> Any:
+        at = self.merged.position
+        kept = [a for a in self.merged._order if a not in self.merged.axes]
+        order = [*kept[:at], None, None, *kept[at:]]
+        sizes = [self.shape[order[r]] for r in self.reduced if r != at + 1]
+        if None in sizes:
+            return None
+        if not self._padding:
+            return float(self.block * math.prod(sizes))
+        lengths = self._is_present.sum(axis=at + 1, keepdims=True)
+        return (lengths * math.prod(sizes)).astype(np.float32)
+
+    def split(self, x: Any) -> Any:
+        x = self.merged.merge(x)
+        at = self.merged.position
+        if self._padding:
+            pads = [[0, 0] for _ in range(len(x.shape))]
+            pads[at][1] = self._padding
+            x = ops.pad(x, pads)
+        sizes = list(ops.shape(x))
+        return ops.reshape(x, [*sizes[:at], self.blocks, self.block, *sizes[at + 1 :]])
+
+    def merge(self, values: Any) -> Any:
+        at = self.merged.position
+        sizes = list(ops.shape(values))
+        values = ops.reshape(values, [*sizes[:at], self.blocks * self.block, *sizes[at + 2 :]])
+        if self._padding:
+            values = values[(slice(None),) * at + (slice(0, self.merged.length),)]
+        return self.merged.unmerge(values)
+
+    def present(self, values: Any) -> Any:
+        return ops.where(self._is_present, values, 0.0) if self._padding else values
+
+    def _or(self, values: Any, absent: float) -> Any:
+        return ops.where(self._is_present, values, absent) if self._padding else values
+
+    def mean(self, values: Any) -> Any:
+        if self.count is not None:
+            return super().mean(values)
+        present = self._is_present.astype(np.float32) + ops.zeros_like(values)
+        return self.sum(values) / ops.sum(present, axis=self.reduced, keepdims=True)
+
+    def max(self, values: Any) -> Any:
+        return super().max(self._or(values, -np.inf))
+
+    def min(self, values: Any) -> Any:
+        return super().min(self._or(values, np.inf))
+
+    def statistic(self, values: Any) -> Any:
+        return ops.squeeze(values, axis=self.merged.position + 1)

@@ -1,0 +1,108 @@
+r"""Ridge-regression dequantizers and their gradient (arXiv 2409.09245, Eq. for `g`).
+
+With `q = f(x) + delta` the noisy codes of a block, the dequantizer is the ridge regression of the
+data onto its own codes,
+
+    affine   g(q) = Cov_xq / (Var_q + lambda) * (q - mean(q)) + mean(x)
+    linear   g(q) = mean(x q) / (mean(q^2) + lambda) * q
+
+The penalty is mean-normalised and falls on the slope alone. Only `delta` is a constant for the
+gradient; slope and offset are statistics of `q` and carry it. With the range `s_f` a constant too,
+the derivative has a closed form. For a block of N elements with upstream gradient G, slope s,
+`D = Var_q + lambda`, `r = s / s_f`, `A = sum(G q~)`, and `~` for "minus the block's mean":
+
+    affine   dL/dx = mean(G) + r G~ + A / (N D) * (2 (1 - r) q~ - delta~)
+    linear   dL/dx = r G + A / (N D) * (2 (1 - r) q - delta),   D = mean(q^2) + lambda, A = sum(G q)
+
+A pruned element has code 0 and `delta = -f(x)`: the same formula hands it its dense gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_rq.numerics.blocks import BlockView
+
+# Keeps 0 / 0 away when lambda is 0: below the variance of any block whose codes differ (half a code
+# in one of 1e8 elements), above that of equal codes whose mean was rounded.
+_FLAT = 1e-9
+
+
+class Line(NamedTuple):
+    """A dequantizer `scale * code + offset`, one per block (`offset` None: zero)."""
+
+    scale: Any
+    offset: Any
+
+    def __call__(self, codes: Any) -> Any:
+        scaled = self.scale * codes
+        return scaled if self.offset is None else scaled + self.offset
+
+
+def ridge_fit(values: Any, codes: Any, view: BlockView, affine: bool, ridge_lambda: float) -> Line:
+    """Fits the dequantizer of every block.
+
+    Args:
+        values: float32 data, split into blocks by `view`.
+        codes: float32 codes, split likewise; 0 where the view holds padding.
+        view: the blocks.
+        affine: fit an offset too.
+        ridge_lambda: the mean-normalised penalty on the slope, >= 0, in squared code units.
+
+    Returns:
+        The `Line` of every block: float32, reduced axes kept.
+    """
+    if not affine:
+        slope = view.mean(values * codes) / _denominator(view.mean(codes * codes), ridge_lambda)
+        return Line(slope, None)
+    value_mean, code_mean = view.mean(values), view.mean(codes)
+    centered = codes - code_mean
+    variance = view.mean(centered * centered)
+    slope = view.mean((values - value_mean) * centered) / _denominator(variance, ridge_lambda)
+    return Line(slope, value_mean - slope * code_mean)
+
+
+def ridge_gradient(
+    codes: Any,
+    noise: Any,
+    upstream: Any,
+    view: BlockView,
+    *,
+    affine: bool,
+    ridge_lambda: float,
+    ratio: Any,
+) -> Any:
+    """Gradient of the loss to the data, in closed form (module docstring).
+
+    Args:
+        codes: float32 codes, split into blocks by `view`; 0 where the view holds padding.
+        noise: `delta = codes - f(x)`, likewise.
+        upstream: float32 gradient to the dequantized data, likewise.
+        view: the blocks.
+        affine: which of the two dequantizers.
+        ridge_lambda: its penalty.
+        ratio: `r = s / s_f`, its slope over the width of one code, one per block.
+
+    Returns:
+        float32, split into blocks.
+    """
+    if not affine:
+        moment = _denominator(view.mean(codes * codes), ridge_lambda)
+        pull = view.mean(upstream * codes) / moment
+        return ratio * upstream + pull * (2 * (1 - ratio) * codes - noise)
+    codes = codes - view.mean(codes)
+    noise = noise - view.mean(noise)
+    upstream_mean = view.mean(upstream)
+    moment = _denominator(view.mean(codes * codes), ridge_lambda)
+    pull = view.mean(upstream * codes) / moment
+    return (
+        upstream_mean
+        + ratio * (upstream - upstream_mean)
+        + pull * (2 * (1 - ratio) * codes - noise)
+    )
+
+
+def _denominator(moment: Any, ridge_lambda: float) -> Any:
+    return ops.maximum(moment + ridge_lambda, _FLAT)

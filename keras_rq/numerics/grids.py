@@ -1,0 +1,165 @@
+"""Which codes exist: one bit, ternary, two to eight bits, and FP4 (E2M1).
+
+A grid is a finite set of codes. A *linear* grid is symmetric around zero and `f(x) = x / scale`; an
+*affine* grid is anchored at its lowest code and `f(x) = (x - origin) / scale + low`. Codes are small
+integers so that products of codes are exact in int32; FP4 codes are half-integers and are doubled
+when they are stored (`code_multiplier`).
+
+| bits   | affine codes         | linear codes           |
+|--------|----------------------|------------------------|
+| 1      | 0, 1                 | -1, 1                  |
+| 1.5    | -1, 0, 1             | -1, 0, 1               |
+| 2      | -2 .. 1              | -3, -1, 1, 3           |
+| b >= 3 | -2^(b-1) .. 2^(b-1)-1| -(2^(b-1)-1) .. 2^(b-1)-1 |
+| "fp4"  | E2M1 values          | E2M1 values            |
+
+Two linear bits have no zero: with one they would be the ternary grid again, at two thirds of the
+levels (ask for `bits=1.5` if that is wanted). Where the linear grid starts is invisible to the
+affine dequantizer, which fits offset and scale itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+Bits = int | float | str
+SUPPORTED_BITS: tuple[Bits, ...] = (1, 1.5, 2, 3, 4, 5, 6, 7, 8, "fp4")
+
+# Edge of the grid, in standard deviations, that minimises the mean squared error of a Gaussian.
+# Keys: number of levels of a uniform grid. Even counts are the published values of QuEST
+# (arXiv 2502.05003); odd counts, which contain zero, were found by the same minimisation
+# (`tests/numerics/test_grids.py` repeats it).
+_GAUSSIAN_EDGE = {
+    2: 0.7978845587140913,
+    3: 1.2240089519030855,
+    4: 1.4935346200015913,
+    7: 1.952309080644322,
+    8: 2.051068354131873,
+    15: 2.473879176638324,
+    16: 2.513930578568423,
+    31: 2.898727917101390,
+    32: 2.9160938834961225,
+    63: 3.270115066294645,
+    64: 3.276597282593217,
+    127: 3.607460539106886,
+    128: 3.6010497188221655,
+    255: 3.920500995757417,
+    256: 3.884938678807525,
+}
+_E2M1_GAUSSIAN_EDGE = 6 * 0.487079
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A finite set of codes.
+
+    Attributes:
+        bits: the name users give it: 1, 1.5, 2 ... 8 or "fp4".
+        codes: all codes in ascending order, as float values.
+        anchor: the code at the origin of the range: 0 for linear grids, the lowest code for affine ones.
+        edge_step: distance between the two outermost codes, in code units.
+        gaussian_edge: where the outermost code lies on a standard normal, for the least squared error.
+        code_multiplier: stored integer code = code * code_multiplier.
+    """
+
+    bits: Bits
+    codes: tuple[float, ...]
+    anchor: float
+    edge_step: float
+    gaussian_edge: float
+    code_multiplier: int = 1
+
+    @property
+    def low(self) -> float:
+        return self.codes[0]
+
+    @property
+    def high(self) -> float:
+        return self.codes[-1]
+
+    @property
+    def affine(self) -> bool:
+        return self.anchor != 0 or self.low == 0
+
+    def round(self, position: Any) -> Any:
+        """Nearest code to each `position` (code units, measured from the anchor), clipped to the grid."""
+        if self.bits == "fp4":
+            return _round_e2m1(position + self.anchor)
+        if self.edge_step == 2:  # odd integers: halfway is an even integer, which goes up
+            return ops.clip(2 * ops.floor(position * 0.5) + 1, self.low, self.high)
+        # Round before the shift to the lowest code: adding first would move ties.
+        return (
+            ops.clip(ops.round(position), self.low - self.anchor, self.high - self.anchor)
+            + self.anchor
+        )
+
+    def to_index(self, stored: np.ndarray) -> np.ndarray:
+        """Index 0 .. len(codes)-1 of stored integer codes (NumPy), as uint8."""
+        table = np.asarray(self.codes) * self.code_multiplier
+        return np.searchsorted(table, np.asarray(stored, np.float64)).astype(np.uint8)
+
+    def from_index(self, index: np.ndarray) -> np.ndarray:
+        """Stored int8 codes of indices made by `to_index` (NumPy)."""
+        return (np.asarray(self.codes) * self.code_multiplier).astype(np.int8)[index]
+
+
+def _round_e2m1(value: Any) -> Any:
+    """Nearest FP4 (E2M1) value, ties to even mantissa as in the OCP microscaling specification."""
+    magnitude = ops.abs(value)
+    fine, middle, coarse = (
+        ops.round(2 * magnitude) / 2,
+        ops.round(magnitude),
+        2 * ops.round(magnitude / 2),
+    )
+    rounded = ops.where(magnitude <= 2, fine, ops.where(magnitude <= 4, middle, coarse))
+    return ops.sign(value) * ops.minimum(rounded, 6.0)
+
+
+def check_bits(bits: Any) -> Bits:
+    """Returns `bits` in canonical form or raises a `ValueError` that lists what is accepted."""
+    if isinstance(bits, str):
+        bits = bits.lower()
+    canonical = [b for b in SUPPORTED_BITS if b == bits]
+    if isinstance(bits, bool) or len(canonical) != 1:
+        raise ValueError(
+            f"`bits` must be one of {list(SUPPORTED_BITS)} (1.5 is ternary, 'fp4' is E2M1). "
+            f"Received: bits={bits!r}"
+        )
+    return canonical[0]
+
+
+def grid_for(bits: Bits, affine: bool) -> Grid:
+    """The grid of a bit width.
+
+    Args:
+        bits: 1, 1.5 (ternary), 2 to 8, or "fp4".
+        affine: whether the dequantizer fits an offset; then the grid is anchored at its lowest code.
+
+    Returns:
+        A `Grid`.
+
+    Raises:
+        ValueError: for any other `bits`.
+    """
+    bits = check_bits(bits)
+    if bits == "fp4":
+        half = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+        codes = (*(-v for v in reversed(half)), 0.0, *half)
+        return Grid(bits, codes, codes[0] if affine else 0.0, 2.0, _E2M1_GAUSSIAN_EDGE, 2)
+    if bits == 1.5:
+        low, high, step = -1, 1, 1
+    elif affine:
+        low = 0 if bits == 1 else -(2 ** (bits - 1))
+        high, step = low + 2**bits - 1, 1
+    elif bits <= 2:
+        high, step = 2**bits - 1, 2
+        low = -high
+    else:
+        high, step = 2 ** (bits - 1) - 1, 1
+        low = -high
+    codes = tuple(float(c) for c in range(low, high + 1, step))
+    return Grid(bits, codes, float(low) if affine else 0.0, float(step), _GAUSSIAN_EDGE[len(codes)])

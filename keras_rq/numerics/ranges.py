@@ -1,0 +1,99 @@
+"""Where the grid lies over the data: `f(x) = (x - origin) / scale`, one range per block.
+
+Three rules. `minmax` spans the data and is affine; `absmax` reaches the largest magnitude on both
+sides; `rms` reaches a number of standard deviations that is optimal for a Gaussian (QuEST,
+arXiv 2502.05003) and clips what lies beyond. No gradient flows through a range: the paper
+(arXiv 2409.09245) leaves it open, and a range that carries a gradient moves by its two outermost
+elements alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_rq.numerics.blocks import BlockView
+from keras_rq.numerics.grids import Grid
+
+RANGES = ("minmax", "absmax", "rms")
+
+# Scales below the smallest normal float32 would be flushed to zero on some devices, and then
+# divided by. A block that is flatter than this has all its elements on one code.
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
+# Of a float32 position, relative to the width of the grid.
+_ROUNDING = 1e-6
+
+
+class Range(NamedTuple):
+    """Width of one code (`scale`) and the value of the anchor code (`origin`; None: zero)."""
+
+    scale: Any
+    origin: Any
+
+    def position(self, values: Any) -> Any:
+        """`values` in code units, measured from the anchor."""
+        return (values if self.origin is None else values - self.origin) / self.scale
+
+
+def find_range(values: Any, view: BlockView, grid: Grid, rule: str) -> Range:
+    """Lays a grid over every block.
+
+    Args:
+        values: float32 tensor split into blocks by `view`.
+        view: the blocks.
+        grid: the codes; an affine grid gets an origin, a linear one does not.
+        rule: "minmax" (affine grids only), "absmax" or "rms".
+
+    Returns:
+        A `Range` of float32 statistics, one per block, with the reduced axes kept.
+    """
+    # Multiplying by a float32 reciprocal, not dividing: converters rewrite the division into it,
+    # and rounding ties would fall differently in training and in the exported file.
+    if grid.affine:
+        low, width = _interval(values, view, grid, rule)
+        return Range(_at_least(width * _reciprocal(grid.high - grid.low)), low)
+    return Range(_at_least(_magnitude(values, view, grid, rule) * _reciprocal(grid.high)), None)
+
+
+def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any, Any]:
+    if rule == "minmax":
+        low = view.min(values)
+        return low, view.max(values) - low
+    if rule == "absmax":
+        reach = view.max(ops.abs(values))
+        return -reach, 2 * reach
+    center = view.mean(values)
+    reach = grid.gaussian_edge * _root_mean_square(values - center, view)
+    return center - reach, 2 * reach
+
+
+def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
+    if rule == "rms":
+        return grid.gaussian_edge * _root_mean_square(values, view)
+    return view.max(ops.abs(values))
+
+
+def _root_mean_square(values: Any, view: BlockView) -> Any:
+    # Relative to the largest magnitude, so that the squares of huge and tiny values stay finite.
+    values = view.present(values)
+    unit = _at_least(view.max(ops.abs(values)))
+    return unit * ops.sqrt(view.mean(ops.square(values / unit)))
+
+
+def _at_least(scale: Any) -> Any:
+    return ops.maximum(scale, _SMALLEST)
+
+
+def _reciprocal(number: float) -> float:
+    return float(np.float32(1.0) / np.float32(number))
+
+
+def outside(values: Any, span: Range, grid: Grid) -> Any:
+    """How far each value lies beyond the outermost codes, in code units; 0 inside the grid."""
+    position = span.position(values) + grid.anchor
+    beyond = ops.maximum(position - grid.high, grid.low - position)
+    # The extremes of a "minmax" or "absmax" range lie on an edge, give or take their rounding.
+    return ops.where(beyond > _ROUNDING * (grid.high - grid.low), beyond, 0.0)

@@ -1,0 +1,322 @@
+"""Which layer gets which quantizer: shorthand, rules, policy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
+
+import keras
+
+from keras_rq import quantizers
+from keras_rq.numerics.blocks import check_block_size
+from keras_rq.numerics.sparsity import check_sparsity
+from keras_rq.quantizers import Quantizer, Ridge
+
+_SHORTHAND = re.compile(
+    r"(?:A(?P<activations>[0-9.]+|fp4))?W(?P<weights>[0-9.]+|fp4)"
+    r"(?:-(?P<block>[0-9]+|channel|tensor))?(?:-(?P<sparsity>[0-9]+:[0-9]+))?"
+)
+_GRAMMAR = (
+    "A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>], for example 'A4W1', 'A1W1-channel', "
+    "'A4W1-128-2:4' or 'W4' (weights only); bits are 1, 1.5 (ternary), 2 to 8 or fp4"
+)
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerQuantization:
+    """What one layer does with its operands; None leaves an operand in float.
+
+    Attributes:
+        weights: quantizer of the layer's kernels.
+        activations: quantizer of the layer's inputs.
+    """
+
+    weights: Quantizer | None
+    activations: Quantizer | None
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "version": _VERSION,
+            "weights": _serialize(self.weights),
+            "activations": _serialize(self.activations),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> LayerQuantization:
+        fields = _checked_fields(config, "a layer's quantization", ("weights", "activations"))
+        return cls(**{name: _deserialize(value) for name, value in fields.items()})
+
+
+class Rule:
+    """What the layers that match get instead of the policy's default.
+
+    Args:
+        match: a regular expression, searched in the layer's path; a layer class, whose subclasses
+            match too; or a callable that takes the layer and returns a bool.
+        weights: a quantizer, a bit width (then `Ridge`), or None for float. Left out: the policy's.
+        activations: likewise.
+        matmuls: quantizer of products of two activations; not available yet.
+        skip: leave the layer in float altogether.
+
+    Raises:
+        TypeError, ValueError: name the argument, the value received and what is accepted.
+
+    Example:
+
+    >>> import keras, keras_rq as rq
+    >>> rule = rq.Rule(keras.layers.Embedding, weights=8)
+    """
+
+    def __init__(
+        self,
+        match: str | type | Callable[[keras.layers.Layer], bool],
+        *,
+        weights: Any = ...,
+        activations: Any = ...,
+        matmuls: Any = ...,
+        skip: bool = False,
+    ) -> None:
+        self.match = _check_match(match)
+        self.weights = weights if weights is ... else quantizers.get(weights)
+        self.activations = activations if activations is ... else quantizers.get(activations)
+        _refuse_matmuls(None if matmuls is ... else matmuls)
+        self.skip = skip
+        if skip and not (weights is ... and activations is ...):
+            raise ValueError(
+                "A rule with skip=True leaves its layers in float; it takes no quantizers. "
+                f"Received: weights={weights!r}, activations={activations!r}"
+            )
+
+    def matches(self, layer: keras.layers.Layer) -> bool:
+        """Whether the rule speaks of `layer`."""
+        if isinstance(self.match, str):
+            return re.search(self.match, layer.path or layer.name) is not None
+        if isinstance(self.match, _ClassNamed):
+            return self.match.matches(layer)
+        return bool(self.match(layer))
+
+    def get_config(self) -> dict[str, Any]:
+        if isinstance(self.match, str):
+            match = {"path": self.match}
+        elif isinstance(self.match, _ClassNamed):
+            match = {"class": self.match.name}
+        else:
+            raise ValueError(
+                f"A rule that matches by a callable cannot be saved: {self.match!r}. "
+                "Use a regular expression on the layer's path, or a layer class."
+            )
+        return {
+            "match": match,
+            "weights": _serialize(self.weights),
+            "activations": _serialize(self.activations),
+            "skip": self.skip,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Rule:
+        names = ("match", "weights", "activations", "skip")
+        fields = _checked_fields({"version": _VERSION, **config}, "a rule", names)
+        match = fields.pop("match")
+        if not isinstance(match, dict) or set(match) not in ({"path"}, {"class"}):
+            raise ValueError(
+                "The 'match' of a saved rule must be {'path': pattern} or {'class': name}. "
+                f"Received: {match!r}"
+            )
+        found = match["path"] if "path" in match else _ClassNamed(match["class"])
+        operands = ("weights", "activations")
+        return cls(found, **{k: _deserialize(v) if k in operands else v for k, v in fields.items()})
+
+    def __repr__(self) -> str:
+        match = self.match.name if isinstance(self.match, _ClassNamed) else repr(self.match)
+        return f"Rule({match})"
+
+
+@dataclass(frozen=True)
+class _ClassNamed:
+    """A layer class by name: what a saved rule holds, so that loading one imports nothing."""
+
+    name: str
+
+    def matches(self, layer: keras.layers.Layer) -> bool:
+        return any(base.__name__ == self.name for base in type(layer).__mro__)
+
+
+@keras.saving.register_keras_serializable("keras_rq")
+class QuantizationPolicy(keras.quantizers.QuantizationConfig):
+    """Says which layer gets which quantizer.
+
+    Args:
+        spec: shorthand, `A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>]`: "A4W1",
+            "A1W1-channel", "A4W1-128-2:4", "W4" (weights only). Bits are 1, 1.5 (ternary), 2 to 8
+            or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`.
+        weights: quantizer of kernels, or a bit width; replaces what `spec` says.
+        activations: quantizer of layer inputs, or a bit width; replaces what `spec` says.
+        matmuls: quantizer of products of two activations; not available yet.
+        rules: `Rule` objects; the first that matches a layer decides.
+
+    Raises:
+        TypeError, ValueError: name the argument, the value received and what is accepted.
+
+    Example:
+
+    >>> import keras_rq as rq
+    >>> policy = rq.QuantizationPolicy("A4W1", rules=[rq.Rule("head", weights=8, activations=8)])
+    >>> policy.weights.bits, policy.activations.bits
+    (1, 4)
+    """
+
+    def __init__(
+        self,
+        spec: str | None = None,
+        *,
+        weights: Any = None,
+        activations: Any = None,
+        matmuls: Any = None,
+        rules: Sequence[Rule] = (),
+    ) -> None:
+        parsed = LayerQuantization(None, None) if spec is None else _parse_shorthand(spec)
+        self.weights = parsed.weights if weights is None else quantizers.get(weights)
+        self.activations = (
+            parsed.activations if activations is None else quantizers.get(activations)
+        )
+        _refuse_matmuls(matmuls)
+        super().__init__(self.weights, self.activations)
+        self.rules = tuple(rules)
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"`rules` must hold keras_rq.Rule objects. Received: {rule!r}")
+        if self.weights is None and self.activations is None and not self.rules:
+            raise ValueError(
+                "A policy without quantizers and rules does nothing. Give a shorthand such as "
+                "'A4W1', `weights=`, `activations=` or `rules=`."
+            )
+
+    @property
+    def mode(self) -> str:
+        """The name Keras asks of a quantization config."""
+        return "keras_rq"
+
+    def rule_for(self, layer: keras.layers.Layer) -> Rule | None:
+        """The first rule that matches `layer`."""
+        return next((rule for rule in self.rules if rule.matches(layer)), None)
+
+    def resolve(self, layer: keras.layers.Layer) -> LayerQuantization:
+        """The quantizers of `layer`; both None where the policy leaves it in float."""
+        rule = self.rule_for(layer)
+        if rule is None:
+            return LayerQuantization(self.weights, self.activations)
+        if rule.skip:
+            return LayerQuantization(None, None)
+        return LayerQuantization(
+            self.weights if rule.weights is ... else rule.weights,
+            self.activations if rule.activations is ... else rule.activations,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "version": _VERSION,
+            "weights": _serialize(self.weights),
+            "activations": _serialize(self.activations),
+            "rules": [rule.get_config() for rule in self.rules],
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationPolicy:
+        fields = _checked_fields(config, "a policy", ("weights", "activations", "rules"))
+        return cls(
+            weights=_deserialize(fields["weights"]),
+            activations=_deserialize(fields["activations"]),
+            rules=[Rule.from_config(rule) for rule in fields["rules"]],
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizationPolicy(weights={self.weights!r}, activations={self.activations!r}, "
+            f"rules={list(self.rules)!r})"
+        )
+
+
+def _parse_shorthand(spec: str) -> LayerQuantization:
+    match = _SHORTHAND.fullmatch(spec) if isinstance(spec, str) else None
+    if match is None:
+        raise ValueError(f"`spec` must read {_GRAMMAR}. Received: spec={spec!r}")
+    try:
+        block = match["block"] or "128"
+        size = check_block_size(int(block) if block.isdigit() else block)
+        pattern = check_sparsity(match["sparsity"])
+        weights = Ridge(_bits(match["weights"]), block_size=size, sparsity=pattern)
+        activations = match["activations"]
+        if activations is not None:
+            activations = Ridge(_bits(activations), block_size=size)
+    except ValueError as error:
+        raise ValueError(f"In the shorthand {spec!r}: {error}") from None
+    return LayerQuantization(weights, activations)
+
+
+def _bits(text: str) -> Any:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text
+
+
+def _check_match(match: Any) -> Any:
+    if isinstance(match, _ClassNamed):
+        return match
+    if isinstance(match, str):
+        try:
+            re.compile(match)
+        except re.error as error:
+            raise ValueError(f"`match` is no regular expression: {match!r} ({error}).") from None
+        return match
+    if isinstance(match, type) and issubclass(match, keras.layers.Layer):
+        return _ClassNamed(match.__name__)
+    if callable(match) and not isinstance(match, type):
+        return match
+    raise TypeError(
+        "`match` must be a regular expression, a Keras layer class or a callable that takes a "
+        f"layer. Received: match={match!r}"
+    )
+
+
+def _refuse_matmuls(matmuls: Any) -> None:
+    if matmuls is not None:
+        raise ValueError(
+            "`matmuls` (products of two activations, as inside attention) cannot be quantized by "
+            f"this version; leave it None. Received: matmuls={matmuls!r}"
+        )
+
+
+def _serialize(quantizer: Quantizer | None | EllipsisType) -> Any:
+    if quantizer is ...:
+        return "inherit"
+    return keras.saving.serialize_keras_object(quantizer)
+
+
+def _deserialize(config: Any) -> Any:
+    if config == "inherit":
+        return ...
+    quantizer = None if config is None else keras.saving.deserialize_keras_object(config)
+    if quantizer is not None and not isinstance(quantizer, Quantizer):
+        raise ValueError(f"A saved quantizer was expected. Received: {config!r}")
+    return quantizer
+
+
+def _checked_fields(config: Any, what: str, names: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(config, dict) or config.get("version") != _VERSION:
+        version = config.get("version") if isinstance(config, dict) else config
+        raise ValueError(
+            f"The saved form of {what} must have version {_VERSION}. Received: version={version!r}. "
+            "It was written by another release of keras_rq."
+        )
+    fields = {name: value for name, value in config.items() if name != "version"}
+    if set(fields) != set(names):
+        raise ValueError(
+            f"The saved form of {what} must have the fields {sorted(names)}. "
+            f"Received: {sorted(fields)}"
+        )
+    return fields

@@ -1,0 +1,308 @@
+"""The quantizer: independent fields, one forward pass, and an estimator for the gradient.
+
+A tensor travels in one direction: blocks -> sparsity -> range -> grid -> dequantizer -> blocks. An
+estimator is a subclass that says how codes become values (`fit`) and what gradient comes back
+(`gradient`); everything else is a field.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import keras
+from keras import ops
+
+from keras_rq import backend
+from keras_rq.numerics import ranges, rotations, sparsity
+from keras_rq.numerics.blocks import Blocks, BlockView, check_block_size
+from keras_rq.numerics.dequantizers import Line
+from keras_rq.numerics.grids import Bits, Grid, check_bits, grid_for
+from keras_rq.numerics.ranges import Range
+from keras_rq.quantizers.tensor import QuantizedTensor
+
+
+class Encoding(NamedTuple):
+    """One tensor, quantized. All parts are float32 and split into blocks by the view.
+
+    Attributes:
+        codes: integers (half-integers for FP4), 0 where pruned or padded.
+        noise: `codes - f(x)`: rounding, clipping and pruning together.
+        span: where the grid lies, one per block.
+        line: how codes become values, one per block.
+    """
+
+    codes: Any
+    noise: Any
+    span: Range
+    line: Line
+
+
+class Quantizer:
+    """Fields that every estimator shares. Use a subclass such as `Ridge`.
+
+    Quantizers are immutable, serializable and hold no variables, so that one can serve many layers.
+
+    Args:
+        bits: 1, 1.5 (ternary), 2 to 8, or "fp4" (E2M1).
+        affine: fit an offset as well as a scale. "auto": an offset for integer grids, none for
+            ternary, FP4 and sparse tensors, whose zero must stay zero.
+        block_size: elements along the contraction axis that share statistics; "channel": all of
+            them; "tensor": the whole tensor. Convolutions have `conv_block_size` instead.
+        range: "minmax", "absmax" or "rms" (see `keras_rq.numerics.ranges`). "auto": "minmax" where
+            there is an offset, "rms" for linear grids of at most two bits, "absmax" for the others.
+        rotation: None or "hadamard".
+        trust: None, or a factor >= 0: gradients stop at elements that lie farther outside the grid
+            than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge.
+        sparsity: None, "N:M", (N, M), or the fraction of zeros.
+        calibration: "dynamic", the statistics of the tensor at hand.
+        conv_block_size: like `block_size`, along the input channels of a convolution. "channel"
+            gives one scale and offset per sample to its input and per output channel to its kernel:
+            only then does it remain one integer convolution. An integer lowers to a sum of them.
+
+    Raises:
+        ValueError: names the argument, the value received and what is accepted.
+    """
+
+    def __init__(
+        self,
+        bits: Bits,
+        *,
+        affine: bool | str = "auto",
+        block_size: int | str = 128,
+        range: str = "auto",
+        rotation: str | None = None,
+        trust: float | None = None,
+        sparsity: Any = None,
+        calibration: str = "dynamic",
+        conv_block_size: int | str = "channel",
+    ) -> None:
+        self.bits = check_bits(bits)
+        self.affine = _check_choice("affine", affine, ("auto", True, False))
+        self.block_size = check_block_size(block_size)
+        self.range = _check_choice("range", range, ("auto", *ranges.RANGES))
+        self.rotation = rotations.check_rotation(rotation)
+        self.trust = None if trust is None else check_nonnegative("trust", trust)
+        self.sparsity = _sparsity_text(sparsity)
+        self.calibration = _check_choice("calibration", calibration, ("dynamic",))
+        self.conv_block_size = check_block_size(conv_block_size, "conv_block_size")
+        if affine is True and self.sparsity is not None:
+            raise ValueError(
+                "A sparse tensor needs a linear dequantizer: an offset would move its zeros. "
+                f"Received: affine=True, sparsity={sparsity!r}. Use affine='auto' or False."
+            )
+        if self.range == "minmax" and not self.has_offset:
+            raise ValueError(
+                "range='minmax' needs an offset, and this quantizer has none "
+                f"(bits={bits!r}, affine={affine!r}, sparsity={sparsity!r}). "
+                "Use range='absmax' or 'rms', or affine=True."
+            )
+
+    # What the fields come to.
+
+    @property
+    def has_offset(self) -> bool:
+        """`affine`, with "auto" resolved."""
+        if self.affine == "auto":
+            return self.sparsity is None and self.bits not in (1.5, "fp4")
+        return self.affine
+
+    @property
+    def range_rule(self) -> str:
+        """`range`, with "auto" resolved."""
+        if self.range != "auto":
+            return self.range
+        if self.has_offset:
+            return "minmax"
+        return "rms" if self.bits in (1, 1.5, 2) else "absmax"
+
+    @functools.cached_property
+    def grid(self) -> Grid:
+        return grid_for(self.bits, self.has_offset)
+
+    @functools.cached_property
+    def pattern(self) -> sparsity.Sparsity | None:
+        """`sparsity`, parsed."""
+        return sparsity.check_sparsity(self.sparsity)
+
+    def blocks(
+        self, axes: Sequence[int], shared: Sequence[int] = (), *, convolution: bool = False
+    ) -> Blocks:
+        """Which elements share statistics, given the contraction axes and the spatial ones."""
+        size = self.block_size
+        if convolution and size != "tensor":
+            size = self.conv_block_size
+        return Blocks(tuple(axes), tuple(shared), size)
+
+    # The estimator.
+
+    def fit(self, values: Any, codes: Any, span: Range, view: BlockView) -> Line:
+        """The dequantizer of every block."""
+        raise NotImplementedError(f"{type(self).__name__} defines no dequantizer.")
+
+    def gradient(self, encoding: Encoding, slope_ratio: Any, upstream: Any, view: BlockView) -> Any:
+        """Gradient to the data; `encoding.line` is None, `slope_ratio` its scale over the range's."""
+        raise NotImplementedError(f"{type(self).__name__} defines no gradient.")
+
+    # The forward pass.
+
+    def fake_quantize(self, x: Any, blocks: Blocks, *, unrotate: bool = True) -> Any:
+        """Quantizes and dequantizes, with this estimator's gradient.
+
+        Args:
+            x: float tensor of any float dtype; statistics are taken in float32.
+            blocks: which elements share statistics.
+            unrotate: undo `rotation` afterwards. A product of two operands that are rotated alike
+                needs no way back.
+
+        Returns:
+            A tensor of the shape and dtype of `x`.
+        """
+        x = ops.convert_to_tensor(x)
+        if self.rotation is None:
+            return backend.with_gradient(_FakeQuantization(self, blocks.view(x.shape), blocks), x)
+        # In float32, as `quantize` does it: rotated sums of float16 values overflow.
+        rotated = rotations.hadamard(ops.cast(x, "float32"), blocks.axes)
+        rule = _FakeQuantization(self, blocks.view(x.shape), blocks)
+        quantized = backend.with_gradient(rule, rotated)
+        if unrotate:
+            quantized = rotations.hadamard(quantized, blocks.axes)
+        return _cast_within(quantized, x.dtype)
+
+    def quantize(self, x: Any, blocks: Blocks) -> QuantizedTensor:
+        """Codes, scales and offsets of a tensor, ready to be stored."""
+        x = ops.convert_to_tensor(x, dtype="float32")
+        if self.rotation is not None:
+            x = rotations.hadamard(x, blocks.axes)
+        view = blocks.view(x.shape)
+        encoding = self.encode(x, view, blocks)
+        multiplier = self.grid.code_multiplier
+        codes = view.merge(encoding.codes) * multiplier
+        return QuantizedTensor(
+            codes=ops.cast(codes, "int8"),
+            line=Line(encoding.line.scale * (1.0 / multiplier), encoding.line.offset),
+            view=view,
+            axes=blocks.axes,
+            grid=self.grid,
+            rotated=self.rotation is not None,
+            sparse=self.pattern is not None,
+        )
+
+    def encode(self, x: Any, view: BlockView, blocks: Blocks) -> Encoding:
+        """Quantizes a float32 tensor (already rotated)."""
+        values = view.split(x)
+        span = ranges.find_range(values, view, self.grid, self.range_rule)
+        codes, noise = self._round(x, values, span, view, blocks)
+        return Encoding(codes, noise, span, self.fit(values, codes, span, view))
+
+    def _round(
+        self, x: Any, values: Any, span: Range, view: BlockView, blocks: Blocks
+    ) -> tuple[Any, Any]:
+        position = span.position(values)
+        codes = self.grid.round(position)
+        if self.pattern is not None:
+            codes = codes * view.split(sparsity.keep_mask(x, self.pattern, blocks.axes))
+        codes = view.present(codes)
+        return codes, codes - (position + self.grid.anchor)
+
+    # Serialization.
+
+    def get_config(self) -> dict[str, Any]:
+        """Fields by name; `from_config` takes them back."""
+        return {
+            "bits": self.bits,
+            "affine": self.affine,
+            "block_size": self.block_size,
+            "range": self.range,
+            "rotation": self.rotation,
+            "trust": self.trust,
+            "sparsity": self.sparsity,
+            "calibration": self.calibration,
+            "conv_block_size": self.conv_block_size,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**config)
+
+    def replace(self, **fields: Any) -> Self:
+        """A copy with other values for some fields."""
+        return type(self).from_config({**self.get_config(), **fields})
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self) -> int:
+        return hash((type(self), tuple(sorted(self.get_config().items(), key=lambda kv: kv[0]))))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items() if k != "bits")
+        return f"{type(self).__name__}({self.bits!r}, {fields})"
+
+
+class _FakeQuantization:
+    """A quantizer bound to a tensor's blocks: the two passes that a backend runs."""
+
+    def __init__(self, quantizer: Quantizer, view: BlockView, blocks: Blocks) -> None:
+        self.quantizer, self.view, self.blocks = quantizer, view, blocks
+
+    def forward(self, x: Any) -> tuple[Any, list[Any]]:
+        encoding = self.quantizer.encode(ops.cast(x, "float32"), self.view, self.blocks)
+        span, line = encoding.span, encoding.line
+        y = self.view.merge(line(encoding.codes))
+        statistics = [span.scale, line.scale / span.scale]
+        if span.origin is not None:
+            statistics.append(span.origin)
+        return _cast_within(y, x.dtype), statistics
+
+    def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
+        quantizer, view = self.quantizer, self.view
+        scale, slope_ratio, *origin = statistics
+        span = Range(scale, origin[0] if origin else None)
+        x32 = ops.cast(x, "float32")
+        values = view.split(x32)
+        codes, noise = quantizer._round(x32, values, span, view, self.blocks)
+        upstream = view.split(ops.cast(upstream, "float32"))
+        encoding = Encoding(codes, noise, span, None)
+        gradient = quantizer.gradient(encoding, slope_ratio, upstream, view)
+        if quantizer.trust is not None:
+            reach = quantizer.trust * 0.5 * quantizer.grid.edge_step
+            trusted = ranges.outside(values, span, quantizer.grid) <= reach
+            gradient = ops.where(trusted, gradient, 0.0)
+        return ops.cast(view.merge(gradient), x.dtype)
+
+
+def _cast_within(values: Any, dtype: Any) -> Any:
+    # A fitted line may reach beyond the data, and the largest float16 is only 65504.
+    narrow = keras.backend.standardize_dtype(dtype) == "float16"
+    return ops.saturate_cast(values, dtype) if narrow else ops.cast(values, dtype)
+
+
+def check_nonnegative(name: str, value: Any) -> float:
+    """Returns `value` as a float or raises a `ValueError` that names the argument."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < float("inf"):
+        raise ValueError(f"`{name}` must be a finite number >= 0. Received: {name}={value!r}")
+    return float(value)
+
+
+def _check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:
+    if not any(
+        value is choice or (isinstance(value, str) and value == choice) for choice in accepted
+    ):
+        raise ValueError(f"`{name}` must be one of {list(accepted)}. Received: {name}={value!r}")
+    return value
+
+
+def _sparsity_text(value: Any) -> str | float | None:
+    pattern = sparsity.check_sparsity(value)
+    if isinstance(pattern, sparsity.Unstructured):
+        return pattern.fraction
+    return None if pattern is None else str(pattern)
+
+
+def serializable(cls: type) -> type:
+    """Registers a quantizer, so that it can be saved within a model."""
+    return keras.saving.register_keras_serializable("keras_rq")(cls)

@@ -1,0 +1,100 @@
+"""The denoising quantizer: ridge regression of the data onto its own codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras_rq.numerics.blocks import BlockView
+from keras_rq.numerics.dequantizers import Line, ridge_fit, ridge_gradient
+from keras_rq.numerics.grids import Bits
+from keras_rq.numerics.ranges import Range
+from keras_rq.quantizers.base import Encoding, Quantizer, check_nonnegative, serializable
+
+
+@serializable
+class Ridge(Quantizer):
+    """Additive-noise quantization with a ridge-regression dequantizer (arXiv 2409.09245).
+
+    Codes are `q = f(x) + delta`, with the noise `delta` (rounding, clipping, pruning) a constant for
+    the gradient. Scale and offset are the ridge regression of `x` onto `q`, block by block, and do
+    carry gradient, so that the backward pass knows the noise where a straight-through estimator
+    ignores it. Forward and backward formulas: `keras_rq.numerics.dequantizers`.
+
+    Args:
+        bits: 1, 1.5 (ternary), 2 to 8, or "fp4" (E2M1).
+        affine: see `Quantizer`.
+        ridge_lambda: penalty on the slope, >= 0, in squared code units; mean-normalised, so that
+            its weight does not depend on the block size. The paper uses 0.01 throughout.
+        block_size: see `Quantizer`.
+        range: see `Quantizer`.
+        rotation: see `Quantizer`.
+        trust: see `Quantizer`.
+        sparsity: see `Quantizer`.
+        calibration: see `Quantizer`.
+        conv_block_size: see `Quantizer`.
+
+    Raises:
+        ValueError: names the argument, the value received and what is accepted.
+
+    Example:
+
+    >>> import numpy as np, keras_rq as rq
+    >>> x = np.array([[-1.0, -0.5, 0.5, 1.0]], "float32")
+    >>> y = rq.ops.fake_quantize(x, rq.quantizers.Ridge(1, ridge_lambda=0.0))
+    >>> [round(float(v), 2) for v in y[0]]  # the two levels are the class means
+    [-0.75, -0.75, 0.75, 0.75]
+    """
+
+    def __init__(
+        self,
+        bits: Bits,
+        *,
+        affine: bool | str = "auto",
+        ridge_lambda: float = 0.01,
+        block_size: int | str = 128,
+        range: str = "auto",
+        rotation: str | None = None,
+        trust: float | None = None,
+        sparsity: Any = None,
+        calibration: str = "dynamic",
+        conv_block_size: int | str = "channel",
+    ) -> None:
+        super().__init__(
+            bits,
+            affine=affine,
+            block_size=block_size,
+            range=range,
+            rotation=rotation,
+            trust=trust,
+            sparsity=sparsity,
+            calibration=calibration,
+            conv_block_size=conv_block_size,
+        )
+        self.ridge_lambda = check_nonnegative("ridge_lambda", ridge_lambda)
+
+    def fit(self, values: Any, codes: Any, span: Range, view: BlockView) -> Line:
+        # Positions on codes, both counted from the anchor, rather than values on codes: a flat block
+        # is then exactly zero, and the slope over the width of one code, which the gradient needs,
+        # is no rounding error over a tiny width.
+        anchor = self.grid.anchor
+        unit = ridge_fit(
+            span.position(values), codes - anchor, view, self.has_offset, self.ridge_lambda
+        )
+        scale = span.scale * unit.scale
+        if span.origin is None:
+            return Line(scale, None)
+        return Line(scale, span.origin + span.scale * unit.offset - scale * anchor)
+
+    def gradient(self, encoding: Encoding, slope_ratio: Any, upstream: Any, view: BlockView) -> Any:
+        return ridge_gradient(
+            encoding.codes - self.grid.anchor,
+            encoding.noise,
+            upstream,
+            view,
+            affine=self.has_offset,
+            ridge_lambda=self.ridge_lambda,
+            ratio=slope_ratio,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "ridge_lambda": self.ridge_lambda}

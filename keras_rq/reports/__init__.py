@@ -1,0 +1,1 @@
+"""What a quantized model costs, layer by layer."""

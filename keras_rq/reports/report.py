@@ -1,0 +1,244 @@
+"""`report`: bits, bytes, energy proxy and error of every layer with weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.products import Product
+from keras_rq.layers.registry import owns_weights, products_of
+from keras_rq.policy import LayerQuantization
+from keras_rq.quantizers import Quantizer
+
+_FLOAT_BITS = 32
+_FLOAT = LayerQuantization(None, None)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer, or the sum of all.
+
+    Attributes:
+        path: Keras's path of the layer.
+        layer: name of its class.
+        activation_bits: 1, 1.5, 2 ... 8, "fp4", or 32 for float; None if it multiplies no input.
+        weight_bits: likewise.
+        sparsity: fraction of kernel elements that the quantizer's pattern prunes.
+        parameters: number of all weights.
+        kernel_elements: those that are multiplied or looked up.
+        nbytes: stored bytes of all weights: packed codes, masks, scales and offsets; biases and
+            the like in float32.
+        bits_per_element: stored bits of the kernels (codes, masks, scales, offsets) over their
+            elements; None without kernels.
+        energy: activation bits x weight bits x density x multiplications per sample: the proxy of
+            arXiv 2409.09245, without data movement. None where an output size is unknown.
+        sqnr_db: signal-to-quantization-noise ratio of the kernels in decibels; None in float.
+        reason: why the layer stays in float, where it could be or was asked to be quantized.
+    """
+
+    path: str
+    layer: str
+    activation_bits: int | float | str | None
+    weight_bits: int | float | str | None
+    sparsity: float
+    parameters: int
+    kernel_elements: int
+    nbytes: int
+    bits_per_element: float | None
+    energy: float | None
+    sqnr_db: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The layers of a model and their sum. `str()` is a table."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def total(self) -> Row:
+        """All layers together; bits per element and sparsity over all kernels, float ones too."""
+        elements = sum(row.kernel_elements for row in self.rows)
+        kernels = [row for row in self.rows if row.kernel_elements]
+        bits = sum(row.bits_per_element * row.kernel_elements for row in kernels)
+        pruned = sum(row.sparsity * row.kernel_elements for row in kernels)
+        energies = [row.energy for row in self.rows]
+        return Row(
+            path="total",
+            layer="",
+            activation_bits=None,
+            weight_bits=None,
+            sparsity=pruned / elements if elements else 0.0,
+            parameters=sum(row.parameters for row in self.rows),
+            kernel_elements=elements,
+            nbytes=sum(row.nbytes for row in self.rows),
+            bits_per_element=bits / elements if elements else None,
+            energy=None if None in energies else sum(energies),
+            sqnr_db=None,
+        )
+
+    @property
+    def kept_float(self) -> dict[str, str]:
+        """Layers that stay in float, by path, with the reason."""
+        return {row.path: row.reason for row in self.rows if row.reason is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {
+            "name": self.name,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "total": dataclasses.asdict(self.total),
+        }
+
+    def summary(self) -> str:
+        """What was quantized and what was not, in a few lines."""
+        quantized = sum(1 for row in self.rows if _is_quantized(row))
+        total = self.total.bits_per_element
+        bits = "" if total is None else f", {total:.2f} bits per kernel element"
+        lines = [f"{self.name}: {quantized} of {len(self.rows)} layers quantized{bits}"]
+        lines += [f"  float: {path} ({reason})" for path, reason in self.kept_float.items()]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        from keras_rq.reports.table import render
+
+        return render(self)
+
+    def plot(self, path: str) -> None:
+        """Draws bytes and error of every layer to an image file; needs `keras-rq[plots]`."""
+        from keras_rq.reports.plot import plot
+
+        plot(self, path)
+
+
+def report(model: keras.layers.Layer, kept: dict[int, str] | None = None) -> Report:
+    """Reports what every layer with weights costs.
+
+    Args:
+        model: a built Keras model, quantized or not.
+        kept: why layers stay in float, by `id(layer)`; `keras_rq.quantize` passes it.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        TypeError, ValueError: if `model` is no Keras model or has not been built.
+
+    Example:
+
+    >>> import keras, keras_rq as rq
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> rq.report(model).total.parameters
+    36
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model. Received: {model!r}")
+    if not model.built:
+        raise ValueError(
+            f"Model {model.name!r} is not built. Call it on a batch of data, or "
+            "model.build(input_shape), first."
+        )
+    layers = [layer for layer in model._flatten_layers() if owns_weights(layer)]
+    rows = [_row(layer, (kept or {}).get(id(layer))) for layer in layers]
+    return Report(model.name, tuple(rows))
+
+
+def _is_quantized(row: Row) -> bool:
+    return any(bits not in (None, _FLOAT_BITS) for bits in (row.weight_bits, row.activation_bits))
+
+
+def _row(layer: keras.layers.Layer, reason: str | None) -> Row:
+    quantization = layer.quantization if isinstance(layer, QuantizedLayer) else _FLOAT
+    kernels = {name: _value(getattr(layer, name)) for name in products_of(layer)}
+    costs = [
+        _kernel_cost(kernels[name], quantization.weights, product)
+        for name, product in products_of(layer).items()
+    ]
+    elements = sum(kernel.size for kernel in kernels.values())
+    parameters = max(layer.count_params(), elements)
+    stored = sum(cost.nbytes for cost in costs)
+    pattern = quantization.weights.pattern if quantization.weights else None
+    return Row(
+        path=layer.path,
+        layer=type(layer).__name__,
+        activation_bits=_bits_of(quantization.activations) if _has_input(layer) else None,
+        weight_bits=_bits_of(quantization.weights),
+        sparsity=1.0 - pattern.density if pattern else 0.0,
+        parameters=parameters,
+        kernel_elements=elements,
+        nbytes=stored + _FLOAT_BITS // 8 * (parameters - elements),
+        bits_per_element=8.0 * stored / elements if elements else None,
+        energy=_energy(layer, quantization, kernels),
+        sqnr_db=_decibels(costs) if quantization.weights else None,
+        reason=reason,
+    )
+
+
+class _Cost(NamedTuple):
+    nbytes: int
+    signal: float
+    noise: float
+
+
+def _kernel_cost(kernel: np.ndarray, quantizer: Quantizer | None, product: Product) -> _Cost:
+    if quantizer is None:
+        return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)
+    quantized = quantizer.quantize(kernel, product.kernel_blocks(quantizer))
+    error = ops.convert_to_numpy(quantized.dequantize()).astype(np.float64) - kernel
+    return _Cost(
+        quantized.nbytes,
+        float(np.square(kernel, dtype=np.float64).sum()),
+        float(np.square(error).sum()),
+    )
+
+
+def _decibels(costs: list[_Cost]) -> float | None:
+    signal, noise = sum(c.signal for c in costs), sum(c.noise for c in costs)
+    return 10.0 * math.log10(signal / noise) if signal and noise else None
+
+
+def _energy(
+    layer: keras.layers.Layer, quantization: LayerQuantization, kernels: dict[str, np.ndarray]
+) -> float | None:
+    shape = getattr(layer, "_build_shapes_dict", None) or {}
+    if not kernels:
+        return 0.0
+    if "input_shape" not in shape:
+        return 0.0 if not _has_input(layer) else None
+    output_shape = layer.compute_output_shape(shape["input_shape"])
+    weights = quantization.weights
+    density = weights.pattern.density if weights and weights.pattern else 1.0
+    per_product = _width(quantization.activations) * _width(weights) * density
+    counts = [
+        (kernels[name].size, product.positions(output_shape))
+        for name, product in products_of(layer).items()
+    ]
+    if any(positions is None for _, positions in counts):
+        return None
+    return per_product * sum(size * positions for size, positions in counts)
+
+
+def _has_input(layer: keras.layers.Layer) -> bool:
+    return any(product.input_axes for product in products_of(layer).values())
+
+
+def _bits_of(quantizer: Quantizer | None) -> int | float | str:
+    return _FLOAT_BITS if quantizer is None else quantizer.bits
+
+
+def _width(quantizer: Quantizer | None) -> float:
+    bits = _bits_of(quantizer)
+    return 4.0 if bits == "fp4" else float(bits)
+
+
+def _value(variable: Any) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(ops.cast(variable, "float32")))

@@ -1,0 +1,131 @@
+"""Saving containers whose own configuration says nothing of their children.
+
+Sequential and Functional models save their layers. MultiHeadAttention, subclassed models and the
+like save their constructor's arguments and rebuild their children as float layers. Such a
+container gets a subclass of its own class whose configuration is an envelope: the original
+configuration and, by position, what each quantized descendant does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras.src.models.functional import Functional
+
+from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.registry import quantized_class
+from keras_rq.policy import LayerQuantization
+
+_PACKAGE = "keras_rq"
+_SAVE_THEIR_LAYERS = (keras.Sequential, keras.Model, Functional)
+_envelopes: dict[type, type] = {}
+
+
+def needs_envelope(layer: keras.layers.Layer) -> bool:
+    """Whether saving `layer` would lose the quantization of its descendants."""
+    if isinstance(layer, _Envelope) or type(layer) in _SAVE_THEIR_LAYERS:
+        return False
+    return any(isinstance(child, QuantizedLayer) for child in descendants(layer))
+
+
+def descendants(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """All layers inside `layer`, in Keras's fixed order."""
+    return layer._flatten_layers(include_self=False)
+
+
+def swap_class(layer: keras.layers.Layer, cls: type) -> None:
+    """Gives a living layer another class with the same variables."""
+    object.__setattr__(layer, "__class__", cls)
+
+
+def enclose(layer: keras.layers.Layer) -> None:
+    """Swaps the class of a container for its envelope class."""
+    original = type(layer)
+    if original not in _envelopes:
+        body = {"__module__": __name__, "_rq_original": original}
+        envelope = type(original.__name__, (_Envelope, original), body)
+        # One registered name for every envelope; what it holds says which class is inside.
+        keras.saving.register_keras_serializable(_PACKAGE, "QuantizedContainer")(envelope)
+        keras.saving.register_keras_serializable(_PACKAGE, "QuantizedContainer")(QuantizedContainer)
+        _envelopes[original] = envelope
+    swap_class(layer, _envelopes[original])
+
+
+def original_class(layer: keras.layers.Layer) -> type:
+    """The class a user gave the layer, under an envelope or not."""
+    return getattr(type(layer), "_rq_original", type(layer))
+
+
+def attach(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
+    """Makes a built Keras layer quantized, in place."""
+    layer.quantization = quantization
+    swap_class(layer, quantized_class(type(layer)))
+
+
+class _Envelope:
+    """Mix-in of all envelope classes."""
+
+    def get_config(self) -> dict[str, Any]:
+        envelope = type(self)
+        swap_class(self, envelope._rq_original)
+        try:
+            inner = keras.saving.serialize_keras_object(self)
+        finally:
+            swap_class(self, envelope)
+        # The envelope is compiled, not what is inside.
+        inner.pop("compile_config", None)
+        quantized = {
+            str(position): {"class": type(child).__name__, **child.quantization.get_config()}
+            for position, child in enumerate(descendants(self))
+            if isinstance(child, QuantizedLayer)
+        }
+        return {"inner": inner, "quantized": quantized}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> keras.layers.Layer:
+        return QuantizedContainer.from_config(config)
+
+
+@keras.saving.register_keras_serializable(_PACKAGE)
+class QuantizedContainer:
+    """The name under which envelopes are saved. `from_config` gives the container back."""
+
+    def get_config(self) -> dict[str, Any]:
+        raise NotImplementedError("Envelopes save themselves; this class only loads them.")
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> keras.layers.Layer:
+        container = keras.saving.deserialize_keras_object(config["inner"])
+        if not container.built:
+            raise ValueError(
+                f"The saved layer {container.name!r} ({type(container).__name__}) cannot be rebuilt "
+                "from its configuration, so its quantized layers cannot be restored. Give the class "
+                "a build() that builds all its layers, or get_build_config()/build_from_config()."
+            )
+        children = descendants(container)
+        for position, saved in config["quantized"].items():
+            _restore(container, children, int(position), dict(saved))
+        for layer in [*children, container]:
+            if needs_envelope(layer):
+                enclose(layer)
+        return container
+
+
+def _restore(
+    container: keras.layers.Layer,
+    children: list[keras.layers.Layer],
+    position: int,
+    saved: dict[str, Any],
+) -> None:
+    class_name = saved.pop("class")
+    child = children[position] if position < len(children) else None
+    if child is None or original_class(child).__name__ != class_name:
+        found = "no layer" if child is None else type(child).__name__
+        raise ValueError(
+            f"The saved layer {container.name!r} ({type(container).__name__}) had a quantized "
+            f"{class_name} as layer number {position}; the class as it is now has {found} there. "
+            "Load the file with the code that saved it."
+        )
+    if not isinstance(child, QuantizedLayer):
+        attach(child, LayerQuantization.from_config(saved))

@@ -1,0 +1,226 @@
+"""`quantize`: a float model becomes a trainable quantized one, in place.
+
+Everything is resolved before anything changes, and what has changed is undone if a later step
+fails: a model is quantized whole or not at all.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import keras
+
+from keras_rq.layers.base import QuantizedLayer, is_quantized
+from keras_rq.layers.products import Convolution
+from keras_rq.layers.registry import (
+    owns_weights,
+    products_of,
+    quantized_class,
+    supported_layers,
+)
+from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
+from keras_rq.training import containers
+
+Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
+
+
+@dataclass
+class Plan:
+    """What a policy comes to on one model.
+
+    Attributes:
+        quantized: the layers to swap, with their quantizers.
+        kept: layers with weights that stay in float, and why.
+        unused_rules: rules that matched no layer.
+    """
+
+    quantized: list[tuple[keras.layers.Layer, LayerQuantization]] = field(default_factory=list)
+    kept: list[tuple[keras.layers.Layer, str]] = field(default_factory=list)
+    unused_rules: list[Rule] = field(default_factory=list)
+
+
+def quantize(
+    model: keras.layers.Layer, policy: QuantizationPolicy, filters: Filters = None
+) -> Plan:
+    """Swaps the layers that `policy` names for quantized ones, in place.
+
+    Args:
+        model: a built Keras model (or layer) of any kind.
+        policy: which layer gets which quantizers.
+        filters: as in `keras.Model.quantize`: a regular expression or several, searched in layer
+            names, or a callable that takes a layer; others stay in float.
+
+    Returns:
+        The `Plan` that was carried out.
+
+    Raises:
+        TypeError, ValueError: wrong arguments, an unbuilt model, a model quantized before, or
+            quantizers that a layer cannot have. The model is then as it was.
+    """
+    plan = make_plan(model, policy, filters)
+    for rule in plan.unused_rules:
+        warnings.warn(
+            f"{rule!r} decided for no layer of {model.name!r}: nothing matches it, or an earlier "
+            "rule does. Layer paths are listed by `keras_rq.report(model)`.",
+            stacklevel=3,
+        )
+    _carry_out(model, plan)
+    return plan
+
+
+def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Filters) -> Plan:
+    """Resolves a policy against a model and changes nothing."""
+    _check_arguments(model, policy, filters)
+    layers = model._flatten_layers()
+    _check_state(model, layers)
+    plan, used = Plan(), set()
+    for layer in layers:
+        if not owns_weights(layer):
+            continue
+        used.add(id(policy.rule_for(layer)))
+        quantization = policy.resolve(layer)
+        reason = _reason_for_float(layer, quantization, policy, filters)
+        if reason is not None:
+            plan.kept.append((layer, reason))
+        else:
+            _check_fit(layer, quantization)
+            plan.quantized.append((layer, quantization))
+    plan.unused_rules = [rule for rule in policy.rules if id(rule) not in used]
+    return plan
+
+
+def _reason_for_float(
+    layer: keras.layers.Layer,
+    quantization: LayerQuantization,
+    policy: QuantizationPolicy,
+    filters: Filters,
+) -> str | None:
+    if quantized_class(type(layer)) is None:
+        return _reason_for_unknown(layer)
+    if not _passes(layer, filters):
+        return "excluded by `filters`"
+    if quantization.weights is None and quantization.activations is None:
+        return f"{policy.rule_for(layer) or 'the policy'} leaves it in float"
+    if isinstance(layer, keras.layers.Embedding) and quantization.weights is None:
+        return "the policy quantizes activations only, and an Embedding has none"
+    return None
+
+
+def _reason_for_unknown(layer: keras.layers.Layer) -> str:
+    name = type(layer).__name__
+    base = next((c for c in supported_layers() if isinstance(layer, c)), None)
+    if base is not None:
+        return f"{name} is a subclass of {base.__name__}; its own call() may do more than a product"
+    return f"{name} has no quantized counterpart"
+
+
+def _passes(layer: keras.layers.Layer, filters: Filters) -> bool:
+    if filters is None:
+        return True
+    if callable(filters):
+        return bool(filters(layer))
+    patterns = [filters] if isinstance(filters, str) else filters
+    return any(re.search(pattern, layer.name) for pattern in patterns)
+
+
+def _check_arguments(model: object, policy: object, filters: object) -> None:
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r}")
+    if not isinstance(policy, QuantizationPolicy):
+        raise TypeError(
+            "`policy` must be a keras_rq.QuantizationPolicy, as in "
+            f"keras_rq.QuantizationPolicy('A4W1'). Received: {policy!r}"
+        )
+    if filters is not None and not (callable(filters) or isinstance(filters, (str, list, tuple))):
+        raise TypeError(
+            "`filters` must be a regular expression, a list of them, or a callable that takes a "
+            f"layer. Received: {filters!r}"
+        )
+
+
+def _check_state(model: keras.layers.Layer, layers: list[keras.layers.Layer]) -> None:
+    for layer in layers:
+        if is_quantized(layer):
+            raise ValueError(
+                f"Layer {layer.path!r} is quantized already ({layer.quantization}). Quantize the "
+                "float model once, with all rules in one policy."
+            )
+        if getattr(layer, "quantization_mode", None) is not None:
+            raise ValueError(
+                f"Layer {layer.path!r} carries Keras's own quantization "
+                f"({layer.quantization_mode!r}). Start from the float model."
+            )
+        if quantized_class(type(layer)) is not None and not layer.built:
+            raise ValueError(
+                f"Layer {layer.name!r} of {model.name!r} is not built, so its kernel does not exist "
+                "yet. Call the model on a batch of data, or model.build(input_shape), first."
+            )
+    if not model.built:
+        raise ValueError(
+            f"Model {model.name!r} is not built. Call it on a batch of data, or "
+            "model.build(input_shape), first."
+        )
+
+
+def _check_fit(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
+    """Raises if a layer cannot have these quantizers; names the layer."""
+    groups = getattr(layer, "groups", 1)
+    try:
+        for name, product in products_of(layer).items():
+            kernel_shape = tuple(getattr(layer, name).shape)
+            if quantization.weights is not None:
+                blocks = product.kernel_blocks(quantization.weights)
+                blocks.view(kernel_shape)
+                _check_groups(product, blocks.size, kernel_shape, groups)
+            if quantization.activations is not None and product.input_axes:
+                size = product.input_blocks(quantization.activations).size
+                _check_groups(product, size, kernel_shape, groups)
+    except ValueError as error:
+        raise ValueError(f"Layer {layer.path!r} ({type(layer).__name__}): {error}") from error
+
+
+def _check_groups(
+    product: object, size: int | str, kernel_shape: tuple[int, ...], groups: int
+) -> None:
+    if not isinstance(product, Convolution) or isinstance(size, str) or groups == 1:
+        return
+    channels = kernel_shape[-2]
+    if size < channels * groups and channels % size:
+        raise ValueError(
+            f"conv_block_size={size} must divide the {channels} input channels of each of the "
+            f"{groups} groups: a block that straddles two groups has no integer product."
+        )
+
+
+def _carry_out(model: keras.layers.Layer, plan: Plan) -> None:
+    changed: list[tuple[keras.layers.Layer, type]] = []
+    try:
+        for layer, quantization in plan.quantized:
+            changed.append((layer, type(layer)))
+            containers.attach(layer, quantization)
+        for layer in model._flatten_layers():
+            if containers.needs_envelope(layer):
+                changed.append((layer, type(layer)))
+                containers.enclose(layer)
+    except BaseException:
+        for layer, original in reversed(changed):
+            containers.swap_class(layer, original)
+            if isinstance(getattr(layer, "quantization", None), LayerQuantization):
+                del layer.quantization
+        raise
+    for layer in model._flatten_layers():
+        forget_compiled_functions(layer)
+
+
+def forget_compiled_functions(layer: keras.layers.Layer) -> None:
+    """Makes a model trace its step functions again."""
+    if isinstance(layer, keras.Model):
+        layer.train_function = layer.test_function = layer.predict_function = None
+
+
+def quantized_layers(model: keras.layers.Layer) -> list[QuantizedLayer]:
+    """All quantized layers of a model, each once."""
+    return [layer for layer in model._flatten_layers() if is_quantized(layer)]

@@ -35,7 +35,7 @@ RUFF := $(shell sed -n 's/^ *"\(ruff==[0-9.]*\)".*/\1/p' pyproject.toml)
 .PHONY: demo test notebooks lint format clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m keras_rq demo --out $(OUT)
+	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m keras_rq demo --out $(OUT)
 
 test: $(VENV)/.test
 	$(BIN)/python tests/passes.py --workers $(WORKERS) --backends $(BACKENDS) -- $(PYTEST_ARGS)

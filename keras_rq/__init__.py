@@ -3,6 +3,7 @@
 from keras_rq import layers, ops, quantizers
 from keras_rq.api import install as _install
 from keras_rq.api import quantize
+from keras_rq.export.api import export
 from keras_rq.policy import QuantizationPolicy, Rule
 from keras_rq.quantizers.tensor import QuantizedTensor
 from keras_rq.reports.report import Report, report
@@ -13,6 +14,7 @@ __all__ = [
     "QuantizedTensor",
     "Report",
     "Rule",
+    "export",
     "layers",
     "ops",
     "quantize",

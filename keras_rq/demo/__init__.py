@@ -9,6 +9,7 @@ The demo prints what it measured, flattering or not, and writes it to `demo.json
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from keras_rq.demo.results import Results, Row
 from keras_rq.demo.training import Recipe, Trainer
 
 FLOAT_RECIPE = Recipe(epochs=10, learning_rate=3e-3)
-RECIPE = Recipe(epochs=6, learning_rate=1e-3)
+RECIPE = Recipe(epochs=12, learning_rate=3e-3)
 SEEDS = (0, 1, 2)
 
 
@@ -118,17 +119,20 @@ class _Study:
 
     def rows(self, out: Path) -> tuple[Row, ...]:
         """Writes the files to `out` and adds what they do to the rows of their models."""
-        paths = {name: files.write(model, name, out) for name, model in self.models.items()}
+        paths = {
+            name: files.write(model, name, out, self.digits.test_images[:32])
+            for name, model in self.models.items()
+        }
         measured = files.compare(self.models, paths, self.digits)
-        exported = {method.name for method in METHODS if method.exports}
         return tuple(
-            row
-            if row.setting != files.FLOAT and row.method not in exported
-            else Row(
-                row.setting, row.method, row.accuracies, row.bits_per_element, measured[row.setting]
-            )
+            dataclasses.replace(row, file=measured[row.setting]) if _exports(row) else row
             for row in self._rows
         )
+
+
+def _exports(row: Row) -> bool:
+    methods = {method.name for method in METHODS if method.exports}
+    return row.setting == files.FLOAT or row.method in methods
 
 
 def _write(results: Results, out: Path) -> None:

@@ -16,10 +16,10 @@ from keras_rq.export import _interpreter as interpreter
 FLOAT = "float"
 
 
-def write(model: keras.Model, name: str, folder: Path) -> Path:
-    """Exports a model as `<folder>/<name>.tflite`."""
+def write(model: keras.Model, name: str, folder: Path, images: np.ndarray) -> Path:
+    """Exports a model as `<folder>/<name>.tflite`, checked on the images before it is written."""
     path = folder / f"{name}.tflite"
-    rq.export(model, str(path))
+    rq.export(model, path, inputs=images, verbose=False)
     return path
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import keras
 
+import keras_rq as rq
+
 _PACKAGES = (
-    "keras-rq",
     "keras",
     "numpy",
     "tensorflow",
@@ -106,7 +107,7 @@ class Results:
 
 def versions() -> dict[str, str]:
     """Installed versions of the packages that matter here."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "keras-rq": rq.__version__}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

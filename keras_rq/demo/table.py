@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -11,27 +12,32 @@ COLUMNS = (
     "setting",
     "method",
     "accuracy %",
-    "bits/element",
+    "bits per element",
     "file bytes",
-    "vs float",
-    "max diff",
+    "of float",
+    "largest difference",
     "classes differ",
-    "latency vs float",
+    "latency",
 )
+_NARROW = 112
 
 
 def show(results: Results, console: Console) -> None:
     """Prints the table and what it was measured with."""
-    table = Table(title="Handwritten digits: what was measured", title_justify="left")
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
+    table = Table(title="Handwritten digits", title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(COLUMNS):
+        # Two words share a column's width, one above the other.
+        header = column.replace(" ", "\n") if index > 2 else column
+        table.add_column(header, justify="right" if index > 1 else "left", no_wrap=True)
     for previous, row in zip((None, *results.rows), results.rows, strict=False):
         if previous and previous.setting != row.setting:
             table.add_section()
         table.add_row(*cells(row, results))
+    if not console.is_terminal:
+        console = Console(width=max(_NARROW, console.width))
     console.print(table)
     for line in notes(results):
-        console.print(line, style="dim", highlight=False)
+        console.print(line, highlight=False)
 
 
 def markdown(results: Results) -> str:
@@ -55,7 +61,7 @@ def cells(row: Row, results: Results) -> list[str]:
         f"{row.file.size:,}",
         f"{row.file.size / reference.size:.2f}x",
         f"{row.file.largest_difference:.1e}",
-        f"{row.file.classes_differ} of {results.test_images}",
+        f"{row.file.classes_differ}/{results.test_images}",
         f"{row.file.latency_ratio:.2f}x",
     ]
 
@@ -70,8 +76,10 @@ def notes(results: Results) -> list[str]:
     )
     return [
         f"Float: {results.float_recipe}.",
-        f"Quantized, both methods: {results.recipe}. {spread}",
-        f"Accuracy on {results.test_images} images that were not trained on. The file is made "
-        "from the best seed; max diff compares its logits with the Keras model's over all of "
-        "them; latency is the median of one image on one thread, files taking turns.",
+        f"Quantized, both trainings: {results.recipe}. {spread}",
+        f"Accuracy: on {results.test_images} images that no model was trained on. Bits per element: "
+        "of the kernels, with scales and offsets.",
+        "File: made from the best seed of ridge. Largest difference: of its logits from the Keras "
+        "model's over all test images, where a class differs too if a rounding tie fell the other "
+        "way. Latency: one image on one thread, median, over that of the float file.",
     ]

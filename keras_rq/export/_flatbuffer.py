@@ -22,6 +22,7 @@ from keras_rq.export._interpreter import require
 _MIN_VERSION = {"FULLY_CONNECTED": 12, "CONV_2D": 8, "DEQUANTIZE": 6}
 _FILE_IDENTIFIER = b"TFL3"
 _ALIGNMENT = 16
+_STORED_SUFFIX = b"/codes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +167,8 @@ class _Model:
         """Drops what nothing refers to any more and packs the model into bytes."""
         flatbuffers = require("flatbuffers")
         self._drop_unused_tensors()
+        self._share_buffers()
+        self._drop_empty_fields()
         self._drop_unused_buffers()
 
         class Builder(flatbuffers.Builder):
@@ -245,7 +248,7 @@ class _Model:
         """Gives the tensor its integer type, its codes and its scales."""
         tensor = self.graph.tensors[index]
         tensor.type = getattr(self.schema.TensorType, patch.storage)
-        tensor.name = f"{patch.name}/codes".encode()
+        tensor.name = patch.name.encode() + _STORED_SUFFIX
         tensor.shape = np.array(patch.codes.shape, np.int32)
         tensor.buffer = self._buffer(pack_bits(patch.codes, patch.bits))
         parameters = self.schema.QuantizationParametersT()
@@ -317,6 +320,29 @@ class _Model:
         for entry in self.model.signatureDefs or ():
             for tensor_map in (*entry.inputs, *entry.outputs):
                 tensor_map.tensorIndex = renumber[tensor_map.tensorIndex]
+
+    def _share_buffers(self) -> None:
+        """Points tensors without data at buffer 0, and tensors with equal data at one buffer."""
+        first: dict[bytes, int] = {b"": 0}
+        for tensor in self.graph.tensors:
+            data = self.model.buffers[tensor.buffer].data
+            key = b"" if data is None else np.asarray(data, np.uint8).tobytes()
+            tensor.buffer = first.setdefault(key, tensor.buffer)
+
+    def _drop_empty_fields(self) -> None:
+        """Names of intermediate tensors and empty tables can outweigh the weights of a model."""
+        kept = {*self._list(self.graph.inputs), *self._list(self.graph.outputs)}
+        for index, tensor in enumerate(self.graph.tensors):
+            if index not in kept and not (tensor.name or b"").endswith(_STORED_SUFFIX):
+                tensor.name = None
+            if tensor.quantization is not None and tensor.quantization.scale is None:
+                tensor.quantization = None
+            if np.array_equal(tensor.shape, tensor.shapeSignature):
+                tensor.shapeSignature = None
+        for op in self.graph.operators:
+            op.intermediates = op.intermediates if self._list(op.intermediates) else None
+            if not np.any(op.mutatingVariableInputs):
+                op.mutatingVariableInputs = None
 
     def _drop_unused_buffers(self) -> None:
         """Buffer 0 is the empty one by convention; tensors and metadata refer to the others."""

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ import keras
 import numpy as np
 
 from keras_rq.export import _interpreter, signatures
-from keras_rq.export._flatbuffer import WeightPatch
 from keras_rq.export._litert_graph import IntegerGraph, convert
-from keras_rq.export.lowering import Lowered, Lowering
+from keras_rq.export.lowering import Call, Lowered, Lowering
 from keras_rq.layers.base import QuantizedLayer, lowered_by
 
 _OWN_PACKAGES = ("keras", "keras_rq")
@@ -35,19 +34,22 @@ class LiteRTFile:
 
     Attributes:
         content: the bytes of the file.
-        products: how each product of a quantized layer runs.
+        parts: the bytes of a second file that holds every product of a quantized layer by itself,
+            one input and one output each, in the order of the model's calls. Empty without any.
+        products: how each of these products runs.
     """
 
     content: bytes
+    parts: bytes
     products: tuple[Lowered, ...]
 
 
-def build(model: keras.Model, shapes: Any, optimize: str) -> LiteRTFile:
+def build(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
     """Converts a model to LiteRT.
 
     Args:
         model: any Keras model.
-        shapes: structure of `signatures.InputSpec` with fixed shapes.
+        specs: structure of `signatures.InputSpec` with fixed shapes.
         optimize: "size" or "latency", see `IntegerGraph`.
 
     Returns:
@@ -58,26 +60,47 @@ def build(model: keras.Model, shapes: Any, optimize: str) -> LiteRTFile:
         ValueError: if the model cannot be traced or converted.
     """
     if keras.backend.backend() == "tensorflow":
-        return _build_here(model, shapes, optimize)
-    return _build_in_child(model, shapes, optimize)
+        return _build_here(model, specs, optimize)
+    return _build_in_child(model, specs, optimize)
 
 
 def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
     tf = _interpreter.require("tensorflow")
-    graph, log = IntegerGraph(optimize), []
+    graph, calls = IntegerGraph(optimize), []
     flat = signatures.flatten(specs)
 
     def serve(*arrays: Any) -> Any:
-        return model(signatures.pack_like(specs, arrays), training=False)
+        outputs = model(signatures.pack_like(specs, arrays), training=False)
+        return tuple(signatures.flatten(outputs))
 
     signature = [tf.TensorSpec(spec.shape, spec.dtype, name=spec.name) for spec in flat]
     with contextlib.ExitStack() as stack:
         for layer in model._flatten_layers():
             if isinstance(layer, QuantizedLayer):
-                stack.enter_context(lowered_by(layer, Lowering(graph, layer, log)))
-        function = tf.function(serve, input_signature=signature, autograph=False)
-        concrete = function.get_concrete_function()
-    return LiteRTFile(convert(graph, concrete), tuple(log))
+                stack.enter_context(lowered_by(layer, Lowering(graph, layer, calls)))
+        content = _convert(serve, signature, graph)
+    parts = _build_parts(calls, optimize) if calls else b""
+    return LiteRTFile(content, parts, tuple(call.lowered for call in calls))
+
+
+def _convert(function: Callable[..., Any], signature: list[Any], graph: IntegerGraph) -> bytes:
+    tf = _interpreter.require("tensorflow")
+    traced = tf.function(function, input_signature=signature, autograph=False)
+    return convert(graph, traced.get_concrete_function())
+
+
+def _build_parts(calls: list[Call], optimize: str) -> bytes:
+    tf = _interpreter.require("tensorflow")
+    graph = IntegerGraph(optimize)
+
+    def serve(*arrays: Any) -> Any:
+        return tuple(
+            Lowering(graph, call.layer, [])(call.name, call.product, x)
+            for call, x in zip(calls, arrays, strict=True)
+        )
+
+    signature = [tf.TensorSpec(c.shape, c.dtype, name=f"input_{i}") for i, c in enumerate(calls)]
+    return _convert(serve, signature, graph)
 
 
 def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
@@ -107,7 +130,8 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
                 f"Converting model {model.name!r} with TensorFlow failed:\n{child.stderr[-3000:]}"
             )
         products = json.loads(child.stdout.splitlines()[-1])
-        return LiteRTFile(target.read_bytes(), tuple(Lowered(**p) for p in products))
+        parts = target.with_suffix(".parts").read_bytes()
+        return LiteRTFile(target.read_bytes(), parts, tuple(Lowered(**p) for p in products))
 
 
 def _modules_of(model: keras.Model) -> list[str]:
@@ -134,25 +158,19 @@ def child_main(request: dict[str, Any]) -> list[dict[str, Any]]:
         __import__(module)
     model = keras.saving.load_model(request["source"], compile=False)
     built = _build_here(model, signatures.from_json(request["specs"]), request["optimize"])
-    Path(request["target"]).write_bytes(built.content)
+    target = Path(request["target"])
+    target.write_bytes(built.content)
+    target.with_suffix(".parts").write_bytes(built.parts)
     return [asdict(product) for product in built.products]
 
 
-def runner(content: bytes, specs: Any) -> Any:
-    """A function from model inputs to the list of the file's outputs, in the file's order."""
-    interpreter = _interpreter.load(content)
-    details = {d["name"]: d for d in interpreter.get_input_details()}
-    by_name = _interpreter.input_order(interpreter, [s.name for s in signatures.flatten(specs)])
-    del details
+def runner(content: bytes) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    """A function from the flat inputs of a file to its outputs, both in the model's order."""
+    signature = _interpreter.load(content).get_signature_runner()
+    names = list(signature.get_input_details())
 
-    def run(inputs: Any) -> list[np.ndarray]:
-        for index, array in zip(by_name, signatures.flatten(inputs), strict=True):
-            interpreter.set_tensor(index, array)
-        interpreter.invoke()
-        return [interpreter.get_tensor(d["index"]) for d in interpreter.get_output_details()]
+    def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        outputs = signature(**dict(zip(names, arrays, strict=True)))
+        return [outputs[f"output_{i}"] for i in range(len(outputs))]
 
     return run
-
-
-def stored_types(patches: Sequence[WeightPatch]) -> list[str]:
-    return [patch.storage for patch in patches]

@@ -1,12 +1,16 @@
 """What a quantized layer becomes in a LiteRT graph: integer products and float corrections.
 
 Activations are encoded by the very code that trains (`Quantizer.encode`). With integer codes `Q`,
-`x~ = s_x Q_x + b_x` and `w~ = s_w Q_w + b_w`, Theorem 1 is used in the form
+`x~ = s_x Q_x + b_x`, `w~ = s_w Q_w + b_w` and the means `q`, `m` of a row's codes and values,
 
-    x~ w~ = s_x (s_w Q_x Q_w + r b_w) + b_x c,    r = sum(Q_x),  c = s_w sum(Q_w) + n b_w
+    x~ w~ = s_x (s_w Q_x Q_w - q s_w sum(Q_w)) + m c,    c = s_w sum(Q_w) + n b_w     (Theorem 1)
 
-where the integer kernel multiplies by `s_w` itself and returns `r` as one more output channel, and
-`c` is a constant. With blocks along the contraction the products of the blocks are summed.
+where the integer kernel multiplies by `s_w` itself and `c` is a constant. The windows of a
+convolution have no mean of their own; there one more output channel returns `r = sum(Q_x)`, and
+
+    x~ w~ = s_x (s_w Q_x Q_w + r b_w) + b_x c.
+
+With blocks along the contraction the products of the blocks are summed.
 """
 
 from __future__ import annotations
@@ -15,9 +19,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
+from keras_rq.export._interpreter import require
 from keras_rq.export._litert_graph import IntegerGraph
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.layers.products import (
@@ -31,8 +37,8 @@ from keras_rq.layers.products import (
 )
 from keras_rq.numerics import rotations
 from keras_rq.numerics.blocks import Blocks, BlockView
+from keras_rq.numerics.dequantizers import Line
 from keras_rq.quantizers import Quantizer
-from keras_rq.quantizers.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,42 @@ class Lowered:
     reason: str | None = None
 
 
+class Call(NamedTuple):
+    """One product that a trace met: whose it is, its input, and how it was lowered."""
+
+    layer: QuantizedLayer
+    name: str
+    product: Product
+    shape: tuple[int, ...]
+    dtype: str
+    lowered: Lowered
+
+
 class _Codes(NamedTuple):
-    """Encoded activations: integers as float32, and one line per block on the last axis."""
+    """Encoded activations: integers as float32, and lines with one block each on the last axis."""
 
     codes: Any
-    scale: Any
-    offset: Any
+    line: Line
     view: BlockView
+
+
+class _Constant(NamedTuple):
+    """A quantized kernel in NumPy."""
+
+    codes: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray
+    line: Line
+    view: BlockView
+    rotated: bool
+
+
+def _constant(quantizer: Quantizer, kernel: np.ndarray, blocks: Blocks) -> _Constant:
+    with outside_trace():
+        tensor = quantizer.quantize(kernel, blocks)
+        parts = [ops.convert_to_numpy(part) for part in tensor]
+        line = [None if part is None else ops.convert_to_numpy(part) for part in tensor.line]
+    return _Constant(*parts, Line(*line), tensor.view, tensor.rotated)
 
 
 # An integer product: codes, weight codes, scale per output channel -> float.
@@ -66,25 +101,29 @@ _Kernel = Callable[[Any, np.ndarray, np.ndarray], Any]
 class Lowering:
     """Computes the products of one quantized layer while a TensorFlow function is traced."""
 
-    def __init__(self, graph: IntegerGraph, layer: QuantizedLayer, log: list[Lowered]) -> None:
-        self.graph, self.layer, self.log = graph, layer, log
+    def __init__(self, graph: IntegerGraph, layer: QuantizedLayer, calls: list[Call]) -> None:
+        self.graph, self.layer, self.calls = graph, layer, calls
 
     def __call__(self, name: str, product: Product, x: Any) -> Any:
         """Stands in for the product of `x` and the kernel called `name`."""
         label = f"{self.layer.path}/{name}"
         reason = self._reason_for_float(product)
-        self.log.append(Lowered(label, "float" if reason else "integer", reason))
-        kernel = ops.convert_to_numpy(self.layer.float32_kernel(name))
+        lowered = Lowered(label, "float" if reason else "integer", reason)
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        self.calls.append(Call(self.layer, name, product, tuple(x.shape), dtype, lowered))
+        with outside_trace():
+            kernel = ops.convert_to_numpy(self.layer.float32_kernel(name))
         if isinstance(product, Depthwise) and self._codes_on_both_sides(product):
             return self._spatial(product, x, kernel, label, self._depthwise)
-        if reason is not None:
-            return self._in_float(product, x, kernel, label)
-        if isinstance(product, Convolution):
+        if isinstance(product, MatMul) or (isinstance(product, Einsum) and product.is_matmul):
+            matmul = self._matmul if reason is None else self._matmul_in_float
+            if isinstance(product, MatMul):
+                return matmul(x, kernel, label)
+            x, kernel, restore = product.as_matmul(x, kernel)
+            return restore(matmul(x, kernel, label))
+        if reason is None:
             return self._spatial(product, x, kernel, label, self._convolution)
-        if isinstance(product, Einsum):
-            x, kernel, restore = product.as_matmul(x, ops.convert_to_tensor(kernel))
-            return restore(self._matmul(x, ops.convert_to_numpy(kernel), label))
-        return self._matmul(x, kernel, label)
+        return self._in_float(product, x, kernel, label)
 
     def _reason_for_float(self, product: Product) -> str | None:
         q = self.layer.quantization
@@ -113,7 +152,7 @@ class Lowering:
         bits = _nominal(weights.bits)
         return self._sum_of_products(
             self._encode(x, activations.blocks((-1,))),
-            weights.quantize(kernel, weights.blocks((0,))),
+            _constant(weights, kernel, weights.blocks((0,))),
             lambda codes, weight, scale: self.graph.matmul(codes, weight, scale, bits, label),
         )
 
@@ -138,7 +177,7 @@ class Lowering:
         bits = _nominal(weights.bits)
         return self._sum_of_products(
             self._encode(x, activations.blocks((3,), (1, 2), convolution=True)),
-            weights.quantize(kernel, weights.blocks((2,), (0, 1), convolution=True)),
+            _constant(weights, kernel, weights.blocks((2,), (0, 1), convolution=True)),
             lambda codes, weight, scale: self.graph.conv2d(codes, weight, scale, bits, **geometry),
         )
 
@@ -152,9 +191,9 @@ class Lowering:
         weights = self.layer.quantization.weights
         activations = self.layer.quantization.activations
         bits = _nominal(weights.bits)
-        codes, s_x, b_x, _ = self._encode(x, Blocks((3,), (1, 2), _whole(activations)))
-        w = weights.quantize(kernel, Blocks((0, 1), (), _whole(weights)))
-        weight, s_w, b_w = (ops.convert_to_numpy(part) for part in w)
+        codes, line, _ = self._encode(x, Blocks((3,), (1, 2), _whole(activations)))
+        w = _constant(weights, kernel, Blocks((0, 1), (), _whole(weights)))
+        weight, s_w, b_w = w.codes, w.scale, w.offset
         channels = weight.shape[-2] * weight.shape[-1]
         s_w, b_w = (np.broadcast_to(a, (1, 1, *weight.shape[2:])).reshape(-1) for a in (s_w, b_w))
         y = self.graph.depthwise_conv2d(codes, weight, s_w, bits, **geometry)
@@ -164,29 +203,26 @@ class Lowering:
             y = y + b_w * self.graph.depthwise_conv2d(
                 codes, np.ones_like(weight), ones, bits, **geometry
             )
-        y = s_x * y
-        if b_x is None:
+        y = line.scale * y
+        if line.offset is None:
             return y
         sums = weight.sum(axis=(0, 1), dtype=np.int64).reshape(channels) * s_w.astype(np.float64)
-        return y + b_x * (sums + weight.shape[0] * weight.shape[1] * b_w).astype(np.float32)
+        return y + line.offset * (sums + weight.shape[0] * weight.shape[1] * b_w).astype(np.float32)
 
-    def _sum_of_products(self, x: _Codes, w: QuantizedTensor, kernel: _Kernel) -> Any:
-        codes_w, scale_w, offset_w = (ops.convert_to_numpy(part) for part in w)
-        length, columns = codes_w.shape[-2:]
+    def _sum_of_products(self, x: _Codes, w: _Constant, kernel: _Kernel) -> Any:
+        length, columns = w.codes.shape[-2:]
+        pieces = list(_pieces(x.view, w.view, length))
+        parts = _split(x.codes, [stop - start for start, stop in pieces])
+        lines = _lines_of_blocks(x.line)
         total = None
-        for start, stop in _pieces(x.view, w.view, length):
-            part = codes_w[..., start:stop, :]
-            s_w, b_w = (
-                np.broadcast_to(_of_block(stat, w.view, start).reshape(-1), columns)
-                for stat in (scale_w, offset_w)
-            )
-            s_x, b_x = (
-                None if stat is None else _of_block(ops.expand_dims(stat, -1), x.view, start)
-                for stat in (x.scale, x.offset)
-            )
-            whole = stop - start == length
-            codes = x.codes if whole else x.codes[..., start:stop]
-            term = _corrected(codes, part, (s_x, b_x), (s_w, b_w), kernel)
+        for (start, stop), codes in zip(pieces, parts, strict=True):
+            line = lines[start // x.view.block if len(lines) > 1 else 0]
+            weight = w.codes[..., start:stop, :]
+            line_w = [
+                np.broadcast_to(_of_block(stat, w.view, start), columns)
+                for stat in (w.scale, w.offset)
+            ]
+            term = _corrected(codes, line, weight, *line_w, kernel)
             total = term if total is None else total + term
         return total
 
@@ -197,14 +233,31 @@ class Lowering:
             x = rotations.hadamard(x, blocks.axes)
         view = blocks.view(tuple(x.shape))
         encoding = quantizer.encode(x, view, blocks)
-        codes, (scale, offset) = view.merge(encoding.codes), encoding.line
+        codes, line = view.merge(encoding.codes), encoding.line
         multiplier = quantizer.grid.code_multiplier
         if multiplier != 1:
-            codes, scale = codes * float(multiplier), scale * (1.0 / multiplier)
-        offset = None if offset is None else view.statistic(offset)
-        return _Codes(codes, view.statistic(scale), offset, view)
+            codes, line = codes * float(multiplier), line.for_multiplied_codes(multiplier)
+        return _Codes(codes, Line(*(s if s is None else view.statistic(s) for s in line)), view)
 
     # Float products on quantized operands.
+
+    def _matmul_in_float(self, x: Any, kernel: np.ndarray, label: str) -> Any:
+        """`(..., K) x (K, N)`, with the kernel stored as (N, K).
+
+        That makes it a FULLY_CONNECTED. In the other layout the converter makes a BATCH_MATMUL
+        and drops a ReLU that follows (TensorFlow 2.21).
+        """
+        tf, q = require("tensorflow"), self.layer.quantization
+        if q.activations is not None:
+            x = q.activations.fake_quantize(x, q.activations.blocks((-1,)))
+        if q.weights is None:
+            return ops.matmul(x, ops.convert_to_tensor(kernel))
+        tensor = _constant(q.weights, kernel.T, q.weights.blocks((1,)))
+        values = self._stored_as_integers(tensor, _nominal(q.weights.bits), label)
+        if tensor.rotated:
+            values = rotations.hadamard(values, (1,))
+        rows = tf.reshape(x, (-1, kernel.shape[0]))
+        return tf.reshape(tf.matmul(rows, values, transpose_b=True), (*x.shape[:-1], -1))
 
     def _in_float(self, product: Product, x: Any, kernel: np.ndarray, label: str) -> Any:
         """The product as it is trained, with the kernel stored as integers in the file."""
@@ -214,20 +267,19 @@ class Lowering:
         if q.weights is None:
             return product.apply(x, ops.convert_to_tensor(kernel))
         blocks = product.kernel_blocks(q.weights)
-        tensor = q.weights.quantize(kernel, blocks)
+        tensor = _constant(q.weights, kernel, blocks)
         values = self._stored_as_integers(tensor, _nominal(q.weights.bits), label)
         if tensor.rotated:
             values = rotations.hadamard(values, blocks.axes)
         return product.apply(x, values)
 
-    def _stored_as_integers(self, tensor: QuantizedTensor, bits: float, label: str) -> Any:
+    def _stored_as_integers(self, tensor: _Constant, bits: float, label: str) -> Any:
         """A float constant that the file holds as integer codes."""
-        codes, (scale, offset), view = ops.convert_to_numpy(tensor.codes), tensor.line, tensor.view
-        scale = ops.convert_to_numpy(scale)
+        codes, (scale, offset), view = tensor.codes, tensor.line, tensor.view
         varying = [a for a, size in enumerate(scale.shape) if size > 1]
         if len(varying) <= 1 and len(scale.shape) == codes.ndim:
             axis = varying[0] if varying else codes.ndim - 1
-            flat = None if offset is None else ops.convert_to_numpy(offset).reshape(-1)
+            flat = None if offset is None else offset.reshape(-1)
             return self.graph.constant(codes, scale.reshape(-1), flat, bits, axis, label)
         ones = np.ones(1, np.float32)
         unpacked = self.graph.constant(codes, ones, None, bits, codes.ndim - 1, label)
@@ -239,28 +291,36 @@ def _whole(quantizer: Quantizer) -> str:
 
 
 def _corrected(
-    codes: Any,
-    weight: np.ndarray,
-    line_x: tuple[Any, Any],
-    line_w: tuple[np.ndarray, np.ndarray],
-    kernel: _Kernel,
+    codes: Any, line: Line, weight: np.ndarray, s_w: np.ndarray, b_w: np.ndarray, kernel: _Kernel
 ) -> Any:
-    """One block: the integer product and its two rank-1 corrections (module docstring)."""
-    (s_x, b_x), (s_w, b_w) = line_x, line_w
+    """One block: the integer product and its corrections (module docstring)."""
+    axes = tuple(range(weight.ndim - 1))
+    sums = weight.sum(axis=axes, dtype=np.int64) * s_w.astype(np.float64)
+    totals = (sums + weight[..., 0].size * b_w).astype(np.float32)
+    if weight.ndim == 2 and line.code_mean is not None:
+        product = kernel(codes, weight, s_w) - line.code_mean * sums.astype(np.float32)
+        return line.scale * product + line.value_mean * totals
     if np.any(b_w):
         # One more output channel sums the codes that each output sees.
         summing = np.concatenate([weight, np.ones_like(weight[..., :1])], axis=-1)
-        products = kernel(codes, summing, np.append(s_w, np.float32(1)))
-        sums = products[..., -1:]
-        y = s_x * (products[..., :-1] + sums * b_w)
+        products, code_sums = _split(
+            kernel(codes, summing, np.append(s_w, np.float32(1))), [s_w.size, 1]
+        )
+        y = line.scale * (products + code_sums * b_w)
     else:
-        y = s_x * kernel(codes, weight, s_w)
-    if b_x is None:
-        return y
-    axes = tuple(range(weight.ndim - 1))
-    count = weight[..., 0].size
-    column_sums = weight.sum(axis=axes, dtype=np.int64) * s_w.astype(np.float64) + count * b_w
-    return y + b_x * column_sums.astype(np.float32)
+        y = line.scale * kernel(codes, weight, s_w)
+    return y if line.offset is None else y + line.offset * totals
+
+
+def _split(x: Any, sizes: list[int]) -> list[Any]:
+    return [x] if len(sizes) == 1 else require("tensorflow").split(x, sizes, axis=-1)
+
+
+def _lines_of_blocks(line: Line) -> list[Line]:
+    """One line per block, from lines with the blocks on their last axis."""
+    blocks = line.scale.shape[-1]
+    parts = [[None] * blocks if s is None else _split(s, [1] * blocks) for s in line]
+    return [Line(*stats) for stats in zip(*parts, strict=True)]
 
 
 def _pieces(x: BlockView, w: BlockView, length: int) -> Iterator[tuple[int, int]]:
@@ -270,12 +330,16 @@ def _pieces(x: BlockView, w: BlockView, length: int) -> Iterator[tuple[int, int]
     return zip(starts, [*starts[1:], length], strict=True)
 
 
-def _of_block(statistic: Any, view: BlockView, start: int) -> Any:
-    """The statistic, with its blocks on the axis before the last, of the block at `start`."""
-    if statistic.shape[-2] == 1:
-        return statistic[..., 0, :]
-    return statistic[..., start // view.block, :]
+def _of_block(statistic: np.ndarray, view: BlockView, start: int) -> np.ndarray:
+    """Of a kernel's statistic, blocks on the axis before the last: that of the block at `start`."""
+    index = start // view.block if statistic.shape[-2] > 1 else 0
+    return statistic[..., index, :].reshape(-1)
 
 
 def _nominal(bits: int | float | str) -> float:
     return 4 if bits == "fp4" else bits
+
+
+def outside_trace() -> Any:
+    """A scope in which TensorFlow computes now, though a function is being traced."""
+    return require("tensorflow").init_scope()

@@ -47,7 +47,7 @@ class QuantizedLayer:
 
     @property
     def lowered(self) -> Callable[[str, Product, Any], Any] | None:
-        """What computes the products instead, while an exporter traces the layer."""
+        """What computes the products instead, while an exporter traces or observes the layer."""
         return self.__dict__.get("_rq_lowered")
 
     def multiply(self, name: str, x: Any) -> Any:
@@ -55,6 +55,10 @@ class QuantizedLayer:
         product = self.products()[name]
         if (lowered := self.lowered) is not None:
             return lowered(name, product, x)
+        return self.multiply_quantized(name, product, x)
+
+    def multiply_quantized(self, name: str, product: Product, x: Any) -> Any:
+        """What `multiply` does when nothing stands in for it."""
         quantization = self.quantization
         weights, activations = quantization.weights, quantization.activations
         # Rotated alike, the operands keep their product: no way back is needed.
@@ -91,7 +95,9 @@ def is_quantized(layer: keras.layers.Layer) -> bool:
 
 
 @contextmanager
-def lowered_by(layer: QuantizedLayer, compute: Callable[[str, Product, Any], Any]) -> Iterator[None]:
+def lowered_by(
+    layer: QuantizedLayer, compute: Callable[[str, Product, Any], Any]
+) -> Iterator[None]:
     """Lets `compute(kernel name, product, input)` stand in for the layer's products."""
     layer.__dict__["_rq_lowered"] = compute
     try:

@@ -58,14 +58,13 @@ class QuantizedEmbedding(QuantizedLayer, keras.layers.Embedding):
     def call(self, inputs: Any) -> Any:
         if inputs.dtype not in ("int32", "int64"):
             inputs = ops.cast(inputs, "int32")
-        if (lowered := self.lowered) is not None:
-            return lowered("embeddings", self.products()["embeddings"], inputs)
-        table, quantizer = self.float32_kernel("embeddings"), self.quantization.weights
+        return ops.cast(self.multiply("embeddings", inputs), self.compute_dtype)
+
+    def multiply_quantized(self, name: str, product: Product, x: Any) -> Any:
+        table, quantizer = self.float32_kernel(name), self.quantization.weights
         if quantizer is None:
-            return ops.cast(ops.take(table, inputs, axis=0), self.compute_dtype)
-        blocks = self.products()["embeddings"].kernel_blocks(quantizer)
+            return product.apply(x, table)
+        blocks = product.kernel_blocks(quantizer)
         if blocks.size == "tensor" or isinstance(quantizer.pattern, Unstructured):
-            rows = ops.take(quantizer.fake_quantize(table, blocks), inputs, axis=0)
-        else:
-            rows = quantizer.fake_quantize(ops.take(table, inputs, axis=0), blocks)
-        return ops.cast(rows, self.compute_dtype)
+            return product.apply(x, quantizer.fake_quantize(table, blocks))
+        return quantizer.fake_quantize(product.apply(x, table), blocks)

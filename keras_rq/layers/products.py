@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_rq.numerics.blocks import Blocks
@@ -105,7 +106,7 @@ class Einsum(Product):
         free_x, free_kernel = set(x) - contracted, set(kernel) - contracted
         return not free_x & free_kernel and free_x | free_kernel == set(output)
 
-    def as_matmul(self, x: Any, kernel: Any) -> tuple[Any, Any, Callable[[Any], Any]]:
+    def as_matmul(self, x: Any, kernel: np.ndarray) -> tuple[Any, np.ndarray, Callable[[Any], Any]]:
         """Operands as `(..., K)` and `(K, N)`, and what makes the equation's output of `(..., N)`.
 
         Only where `is_matmul`; contracted letters are merged in their order in the kernel.
@@ -115,8 +116,8 @@ class Einsum(Product):
         free_x = [letter for letter in labels_x if letter not in contracted]
         free_kernel = [letter for letter in labels_kernel if letter not in contracted]
         x = ops.transpose(x, [labels_x.index(letter) for letter in (*free_x, *contracted)])
-        kernel = ops.transpose(
-            kernel, [labels_kernel.index(letter) for letter in (*contracted, *free_kernel)]
+        kernel = kernel.transpose(
+            [labels_kernel.index(letter) for letter in (*contracted, *free_kernel)]
         )
         lead, columns = tuple(x.shape[: len(free_x)]), tuple(kernel.shape[len(contracted) :])
         order = [(*free_x, *free_kernel).index(letter) for letter in output]
@@ -125,7 +126,7 @@ class Einsum(Product):
             return ops.transpose(ops.reshape(product, (*lead, *columns)), order)
 
         length = math.prod(kernel.shape[: len(contracted)])
-        return ops.reshape(x, (*lead, length)), ops.reshape(kernel, (length, -1)), restore
+        return ops.reshape(x, (*lead, length)), kernel.reshape(length, -1), restore
 
     def _labels(self, input_rank: int) -> tuple[str, str, str]:
         operands, output = self.equation.replace(" ", "").split("->")

@@ -139,12 +139,6 @@ class BlockView:
     shape: tuple[int | None, ...]
     reduced: tuple[int, ...]
 
-    @property
-    def count(self) -> Any:
-        """Elements per block; a float or an array that broadcasts against the statistics."""
-        sizes = [self.shape[a] for a in self.reduced]
-        return None if None in sizes else float(math.prod(sizes))
-
     def split(self, x: Any) -> Any:
         """The tensor with its blocks laid open."""
         return x
@@ -157,13 +151,8 @@ class BlockView:
         """Zero where the split tensor holds padding, `values` elsewhere."""
         return values
 
-    def sum(self, values: Any) -> Any:
-        return ops.sum(self.present(values), axis=self.reduced, keepdims=True)
-
     def mean(self, values: Any) -> Any:
-        if self.count is None:  # an axis whose size is known only when the graph runs
-            return ops.mean(values, axis=self.reduced, keepdims=True)
-        return self.sum(values) * (1.0 / self.count)
+        return ops.mean(values, axis=self.reduced, keepdims=True)
 
     def max(self, values: Any) -> Any:
         return ops.max(values, axis=self.reduced, keepdims=True)
@@ -209,19 +198,6 @@ class _SplitView(BlockView):
         flat = np.arange(self.blocks * self.block) < self.merged.length
         return self._on_axes(flat.reshape(self.blocks, self.block))
 
-    @property
-    def count(self) -> Any:
-        at = self.merged.position
-        kept = [a for a in self.merged._order if a not in self.merged.axes]
-        order = [*kept[:at], None, None, *kept[at:]]
-        sizes = [self.shape[order[r]] for r in self.reduced if r != at + 1]
-        if None in sizes:
-            return None
-        if not self._padding:
-            return float(self.block * math.prod(sizes))
-        lengths = self._is_present.sum(axis=at + 1, keepdims=True)
-        return (lengths * math.prod(sizes)).astype(np.float32)
-
     def split(self, x: Any) -> Any:
         x = self.merged.merge(x)
         at = self.merged.position
@@ -247,10 +223,12 @@ class _SplitView(BlockView):
         return ops.where(self._is_present, values, absent) if self._padding else values
 
     def mean(self, values: Any) -> Any:
-        if self.count is not None:
-            return super().mean(values)
-        present = self._is_present.astype(np.float32) + ops.zeros_like(values)
-        return self.sum(values) / ops.sum(present, axis=self.reduced, keepdims=True)
+        mean = super().mean(self.present(values))
+        if not self._padding:
+            return mean
+        # Padding counted as zeros; the last block has fewer elements than the others.
+        lengths = self._is_present.sum(axis=self.merged.position + 1, keepdims=True)
+        return ops.multiply(mean, (self.block / lengths).astype(np.float32))
 
     def max(self, values: Any) -> Any:
         return super().max(self._or(values, -np.inf))

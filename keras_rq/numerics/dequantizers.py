@@ -31,14 +31,27 @@ _FLAT = 1e-9
 
 
 class Line(NamedTuple):
-    """A dequantizer `scale * code + offset`, one per block (`offset` None: zero)."""
+    """A dequantizer `scale * code + offset`, one per block (`offset` None: zero).
+
+    An affine ridge regression passes through the means of codes and of values; it says so, because
+    Theorem 1 needs them and not the offset.
+    """
 
     scale: Any
     offset: Any
+    code_mean: Any = None
+    value_mean: Any = None
 
     def __call__(self, codes: Any) -> Any:
         scaled = self.scale * codes
         return scaled if self.offset is None else scaled + self.offset
+
+    def for_multiplied_codes(self, factor: int) -> Line:
+        """The same values from codes that are `factor` times as large."""
+        if factor == 1:
+            return self
+        mean = None if self.code_mean is None else self.code_mean * float(factor)
+        return Line(self.scale * (1.0 / factor), self.offset, mean, self.value_mean)
 
 
 def ridge_fit(values: Any, codes: Any, view: BlockView, affine: bool, ridge_lambda: float) -> Line:
@@ -61,7 +74,7 @@ def ridge_fit(values: Any, codes: Any, view: BlockView, affine: bool, ridge_lamb
     centered = codes - code_mean
     variance = view.mean(centered * centered)
     slope = view.mean((values - value_mean) * centered) / _denominator(variance, ridge_lambda)
-    return Line(slope, value_mean - slope * code_mean)
+    return Line(slope, value_mean - slope * code_mean, code_mean, value_mean)
 
 
 def ridge_gradient(
@@ -105,4 +118,4 @@ def ridge_gradient(
 
 
 def _denominator(moment: Any, ridge_lambda: float) -> Any:
-    return ops.maximum(moment + ridge_lambda, _FLAT)
+    return moment + ridge_lambda if ridge_lambda >= _FLAT else ops.maximum(moment, _FLAT)

@@ -20,6 +20,7 @@ affine dequantizer, which fits offset and scale itself.
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,17 +86,24 @@ class Grid:
     def affine(self) -> bool:
         return self.anchor != 0 or self.low == 0
 
-    def round(self, position: Any) -> Any:
-        """Nearest code to each `position` (code units, measured from the anchor), clipped to the grid."""
+    def round(self, position: Any, within: bool = False) -> Any:
+        """Nearest code to each `position` (code units, measured from the anchor).
+
+        Args:
+            position: float32 tensor.
+            within: whether no position lies beyond the outermost codes by more than rounding;
+                otherwise what does is clipped.
+        """
         if self.bits == "fp4":
             return _round_e2m1(position + self.anchor)
         if self.edge_step == 2:  # odd integers: halfway is an even integer, which goes up
-            return ops.clip(2 * ops.floor(position * 0.5) + 1, self.low, self.high)
-        # Round before the shift to the lowest code: adding first would move ties.
-        return (
-            ops.clip(ops.round(position), self.low - self.anchor, self.high - self.anchor)
-            + self.anchor
-        )
+            codes, shift = 2 * ops.floor(position * 0.5) + 1, 0.0
+        else:
+            # Round before the shift to the lowest code: adding first would move ties.
+            codes, shift = ops.round(position), self.anchor
+        if not within:
+            codes = ops.clip(codes, self.low - shift, self.high - shift)
+        return codes + shift if shift else codes
 
     def to_index(self, stored: np.ndarray) -> np.ndarray:
         """Index 0 .. len(codes)-1 of stored integer codes (NumPy), as uint8."""
@@ -123,8 +131,9 @@ def check_bits(bits: Any) -> Bits:
     """Returns `bits` in canonical form or raises a `ValueError` that lists what is accepted."""
     if isinstance(bits, str):
         bits = bits.lower()
-    canonical = [b for b in SUPPORTED_BITS if b == bits]
-    if isinstance(bits, bool) or len(canonical) != 1:
+    scalar = isinstance(bits, (str, numbers.Real)) and not isinstance(bits, bool)
+    canonical = [b for b in SUPPORTED_BITS if scalar and b == bits]
+    if not canonical:
         raise ValueError(
             f"`bits` must be one of {list(SUPPORTED_BITS)} (1.5 is ternary, 'fp4' is E2M1). "
             f"Received: bits={bits!r}"

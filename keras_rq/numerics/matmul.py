@@ -66,5 +66,10 @@ def _split_mean(code_sums: Any, count: Any) -> tuple[Any, Any]:
 
 
 def _dequantized(codes: Any, scale: Any, offset: Any) -> Any:
-    value = scale * ops.cast(codes, "float32")
-    return value if offset is None else value + offset
+    codes = ops.cast(codes, "float32")
+    if offset is None:
+        return scale * codes
+    # The product nearly cancels the offset. Half of the scale's digits multiply without rounding.
+    upper = 4097.0 * scale
+    upper = upper - (upper - scale)
+    return (upper * codes + offset) + (scale - upper) * codes

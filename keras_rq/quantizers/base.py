@@ -182,7 +182,7 @@ class Quantizer:
         codes = view.merge(encoding.codes) * multiplier
         return QuantizedTensor(
             codes=ops.cast(codes, "int8"),
-            line=Line(encoding.line.scale * (1.0 / multiplier), encoding.line.offset),
+            line=encoding.line.for_multiplied_codes(multiplier),
             view=view,
             axes=blocks.axes,
             grid=self.grid,
@@ -201,7 +201,7 @@ class Quantizer:
         self, x: Any, values: Any, span: Range, view: BlockView, blocks: Blocks
     ) -> tuple[Any, Any]:
         position = span.position(values)
-        codes = self.grid.round(position)
+        codes = self.grid.round(position, within=self.range_rule != "rms")
         if self.pattern is not None:
             codes = codes * view.split(sparsity.keep_mask(x, self.pattern, blocks.axes))
         codes = view.present(codes)

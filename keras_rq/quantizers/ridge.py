@@ -78,12 +78,18 @@ class Ridge(Quantizer):
         # is no rounding error over a tiny width.
         anchor = self.grid.anchor
         unit = ridge_fit(
-            span.position(values), codes - anchor, view, self.has_offset, self.ridge_lambda
+            span.position(values),
+            codes - anchor if anchor else codes,
+            view,
+            self.has_offset,
+            self.ridge_lambda,
         )
         scale = span.scale * unit.scale
         if span.origin is None:
             return Line(scale, None)
-        return Line(scale, span.origin + span.scale * unit.offset - scale * anchor)
+        code_mean = unit.code_mean + anchor if anchor else unit.code_mean
+        value_mean = span.origin + span.scale * unit.value_mean
+        return Line(scale, value_mean - scale * code_mean, code_mean, value_mean)
 
     def gradient(self, encoding: Encoding, slope_ratio: Any, upstream: Any, view: BlockView) -> Any:
         return ridge_gradient(

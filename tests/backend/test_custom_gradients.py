@@ -1,0 +1,252 @@
+"""Compilation, vectorization, memory and mixed precision of the custom gradient."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from gradients import BACKEND, relative_error, to_numpy, value_and_gradient
+from keras import ops
+
+import keras_rq as rq
+from keras_rq.quantizers import Ridge, StraightThrough
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(6, 80)).astype("float32")
+UPSTREAM = RNG.normal(size=X.shape).astype("float32")
+BLOCKS = 6 * 3
+QUANTIZERS = [
+    Ridge(4, block_size=32),
+    Ridge(1, block_size=32, range="rms", trust=0.3),
+    Ridge(1.5, block_size=32, sparsity="2:4"),
+    Ridge(4, block_size=32, rotation="hadamard"),
+    StraightThrough("fp4", block_size=32, trust=1.0),
+]
+quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: repr(q)[:24])
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="JAX only")
+on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow only")
+on_torch = pytest.mark.skipif(BACKEND != "torch", reason="PyTorch only")
+
+
+def eager(quantizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Value and gradient, uncompiled."""
+    if BACKEND != "jax":
+        return value_and_gradient(lambda x: rq.ops.fake_quantize(x, quantizer), X, UPSTREAM)
+    import jax
+
+    y, pull = jax.vjp(lambda x: rq.ops.fake_quantize(x, quantizer), ops.convert_to_tensor(X))
+    return to_numpy(y), to_numpy(pull(ops.convert_to_tensor(UPSTREAM))[0])
+
+
+def check(received: Any, quantizer: Any) -> None:
+    y, gradient = eager(quantizer)
+    assert relative_error(to_numpy(received[0]), y) < 1e-6
+    assert relative_error(to_numpy(received[1]), gradient) < 2e-6
+
+
+# Compilation.
+
+
+@on_jax
+@quantizers
+def test_jax_jit(quantizer: Any):
+    import jax
+
+    def loss(x: Any) -> Any:
+        y = rq.ops.fake_quantize(x, quantizer)
+        return (y * UPSTREAM).sum(), y
+
+    (_, y), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(X)
+    check((y, gradient), quantizer)
+
+
+@on_tensorflow
+@quantizers
+@pytest.mark.parametrize("xla", [True, False])
+def test_tf_function(quantizer: Any, xla: bool):
+    import tensorflow as tf
+
+    @tf.function(jit_compile=xla)
+    def run(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = rq.ops.fake_quantize(x, quantizer)
+        return y, tape.gradient(y, x, output_gradients=tf.constant(UPSTREAM))
+
+    check(run(tf.constant(X)), quantizer)
+
+
+@on_tensorflow
+def test_tf_function_with_an_unknown_batch():
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 80))])
+    def run(x: Any) -> Any:
+        return rq.ops.fake_quantize(x, QUANTIZERS[0])
+
+    assert relative_error(run(tf.constant(X)).numpy(), eager(QUANTIZERS[0])[0]) < 1e-6
+
+
+def torch_compiled(quantizer: Any, compiler: str) -> Any:
+    import torch
+
+    function = torch.compile(lambda x: rq.ops.fake_quantize(x, quantizer), backend=compiler)
+    x = torch.tensor(X, requires_grad=True)
+    y = function(x)
+    y.backward(torch.tensor(UPSTREAM))
+    return y, x.grad
+
+
+@on_torch
+@quantizers
+def test_torch_compile(quantizer: Any):
+    check(torch_compiled(quantizer, "aot_eager"), quantizer)
+
+
+@on_torch
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="Inductor needs a C++ compiler")
+def test_torch_inductor():
+    check(torch_compiled(QUANTIZERS[0], "inductor"), QUANTIZERS[0])
+
+
+# Vectorization.
+
+
+@quantizers
+def test_a_vectorized_function_is_the_loop_over_its_slices(quantizer: Any):
+    mapped = _vectorize(lambda row: rq.ops.fake_quantize(row, quantizer))
+    y, gradient = value_and_gradient(mapped, X, UPSTREAM)
+    expected_y, expected = eager(quantizer)
+    assert relative_error(y, expected_y) < 1e-6
+    assert relative_error(gradient, expected) < 2e-6
+
+
+@on_jax
+def test_jax_gradients_of_slices():
+    import jax
+
+    def loss(row: Any, weight: Any) -> Any:
+        return (rq.ops.fake_quantize(row, QUANTIZERS[0]) * weight).sum()
+
+    gradient = jax.jit(jax.vmap(jax.grad(loss)))(X, UPSTREAM)
+    assert relative_error(to_numpy(gradient), eager(QUANTIZERS[0])[1]) < 2e-6
+
+
+@on_torch
+def test_torch_gradients_of_slices():
+    import torch
+
+    def loss(row: Any, weight: Any) -> Any:
+        return (rq.ops.fake_quantize(row, QUANTIZERS[0]) * weight).sum()
+
+    gradient = torch.func.vmap(torch.func.grad(loss))(torch.tensor(X), torch.tensor(UPSTREAM))
+    assert relative_error(to_numpy(gradient), eager(QUANTIZERS[0])[1]) < 2e-6
+
+
+def _vectorize(function: Any) -> Any:
+    if BACKEND == "jax":
+        import jax
+
+        return jax.vmap(function)
+    if BACKEND == "torch":
+        import torch
+
+        return torch.func.vmap(function)
+    import tensorflow as tf
+
+    return lambda x: tf.vectorized_map(function, x)
+
+
+# Memory: x and a few numbers per block wait for the backward pass, and nothing else.
+
+
+def check_saved(shapes: list[tuple[int, ...]]) -> None:
+    sizes = [int(np.prod(s)) for s in shapes]
+    assert sum(size >= X.size for size in sizes) <= 1
+    assert all(size <= BLOCKS for size in sizes if size < X.size)
+    assert len(sizes) <= 4
+
+
+@on_jax
+@quantizers
+def test_jax_saves_x_and_statistics(quantizer: Any):
+    import jax
+
+    def pulled(x: Any) -> Any:
+        return jax.vjp(lambda x: rq.ops.fake_quantize(x, quantizer), x)[1]
+
+    saved = jax.tree.leaves(jax.eval_shape(pulled, X))
+    # Constants of the rotation are no larger for larger data.
+    check_saved([s.shape for s in saved if s.shape != (16, 16)])
+
+
+@on_torch
+@quantizers
+def test_torch_saves_x_and_statistics(quantizer: Any):
+    import torch
+
+    shapes = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (shapes.append(tuple(t.shape)), t)[1], lambda t: t
+    )
+    with hooks:
+        rq.ops.fake_quantize(torch.tensor(X, requires_grad=True), quantizer)
+    check_saved([s for s in shapes if s != (16, 16)])
+
+
+@on_tensorflow
+@quantizers
+def test_tensorflow_tape_holds_no_intermediates(quantizer: Any):
+    """Eagerly, a tape keeps what it has recorded; the forward pass must not be part of it."""
+    import tensorflow as tf
+
+    def held() -> int:
+        gc.collect()
+        large = (o for o in gc.get_objects() if isinstance(o, tf.Tensor) and o.shape.rank)
+        return sum(o.shape.num_elements() >= X.size for o in large)
+
+    x, before = tf.constant(X), held()
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = rq.ops.fake_quantize(x, quantizer)
+        # x and y themselves, and a view of each on either side of a rotation.
+        assert held() - before <= (9 if quantizer.rotation else 3)
+    del tape, y
+
+
+# Mixed precision.
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@quantizers
+def test_narrow_floats_are_quantized_in_float32(quantizer: Any, dtype: str):
+    """Statistics, codes and gradients are float32; only the result is rounded."""
+    narrow = ops.cast(ops.convert_to_tensor(X), dtype)
+    wide = to_numpy(narrow).astype("float32")
+    upstream = to_numpy(ops.cast(ops.convert_to_tensor(UPSTREAM), dtype)).astype("float32")
+
+    def function(x: Any) -> Any:
+        y = rq.ops.fake_quantize(x, quantizer)
+        assert keras.backend.standardize_dtype(y.dtype) == keras.backend.standardize_dtype(x.dtype)
+        return y
+
+    y, gradient = value_and_gradient(function, wide, upstream, dtype=dtype)
+    expected = value_and_gradient(function, wide, upstream)
+    digits = {"float16": 11, "bfloat16": 8}[dtype]
+    for received, exact in zip((y, gradient), expected, strict=True):
+        half_ulp = 2.0**-digits * np.maximum(np.abs(exact), 2.0**-14)
+        assert (np.abs(received - exact) <= 1.001 * half_ulp + 1e-6).all()
+
+
+def test_double_precision_is_accepted():
+    if BACKEND == "jax":
+        pytest.skip("JAX has no float64 unless told so")
+    y, gradient = value_and_gradient(
+        lambda x: rq.ops.fake_quantize(x, QUANTIZERS[0]), X, UPSTREAM, dtype="float64"
+    )
+    expected_y, expected = eager(QUANTIZERS[0])
+    assert relative_error(y, expected_y) < 1e-6 and relative_error(gradient, expected) < 1e-6

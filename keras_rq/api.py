@@ -69,7 +69,9 @@ class _QuantizeDescriptor:
         if model is None:
             return self.original
         wrapped = model.__dict__.get("quantize")
-        if wrapped is None:  # Layer.__new__ asks for the method that it is about to wrap
+        # Layer.__new__ asks for the method that it is about to wrap, and a class with a `quantize`
+        # of its own asks for the one of its base.
+        if wrapped is None or type(model).quantize is not self.original:
             return self.original.__get__(model)
 
         @functools.wraps(self.original)

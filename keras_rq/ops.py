@@ -114,7 +114,7 @@ def ridge_dequantize(
 
 
 def affine_matmul(x: QuantizedTensor, w: QuantizedTensor) -> Any:
-    """Multiplies two quantized matrices: one integer product and two rank-1 corrections (Theorem 1).
+    """Multiplies quantized matrices: one integer product, two rank-1 corrections (Theorem 1).
 
     Args:
         x: (..., K), quantized along its last axis.
@@ -180,7 +180,8 @@ def _check_operands(x: Any, w: Any) -> None:
     if not (on_last and on_first and x.shape[-1] == w.shape[0]):
         raise ValueError(
             "`x` must be (..., K), quantized with axis=-1, and `w` (K, N), quantized with axis=0. "
-            f"Received: x of shape {x.shape} and axes {x.axes}, w of shape {w.shape} and axes {w.axes}."
+            f"Received: x of shape {x.shape} and axes {x.axes}, "
+            f"w of shape {w.shape} and axes {w.axes}."
         )
     sizes = {getattr(t.view, "block", None) for t in (x, w)}
     if len(sizes - {None}) > 1:

@@ -300,7 +300,14 @@ def _serialize(quantizer: Quantizer | None | EllipsisType) -> Any:
 def _deserialize(config: Any) -> Any:
     if config == "inherit":
         return ...
-    quantizer = None if config is None else keras.saving.deserialize_keras_object(config)
+    try:
+        quantizer = None if config is None else keras.saving.deserialize_keras_object(config)
+    except Exception as error:  # whatever Keras, or a quantizer of unknown fields, makes of it
+        raise ValueError(
+            f"A saved quantizer could not be read. Received: {config!r}. Its class or one of its "
+            "fields is unknown to this release of keras_rq, or the class is your own: then import "
+            "the module that registers it first."
+        ) from error
     if quantizer is not None and not isinstance(quantizer, Quantizer):
         raise ValueError(f"A saved quantizer was expected. Received: {config!r}")
     return quantizer

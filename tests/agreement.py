@@ -1,4 +1,4 @@
-"""Writes values and gradients of all quantizer cases on the active backend to an .npz file."""
+"""Writes values and gradients of every other quantizer case to an .npz file."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from quantizer_cases import CASES
 
 
 def results() -> dict[str, np.ndarray]:
-    """`<case>/y` and `<case>/gradient` for every third case and all with special shapes."""
+    """`<case>/y` and `<case>/gradient`: the cases that `test_ops.py` leaves out on JAX."""
     arrays = {}
-    for case in CASES[::3]:
+    for case in CASES[1::2]:
         x, upstream = case.data()
         y, gradient = value_and_gradient(case.fake_quantize, x, upstream)
         arrays |= {f"{case.name}/y": y, f"{case.name}/gradient": gradient}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import keras
+import numpy as np
 import pytest
 
 
@@ -35,3 +38,24 @@ def _suits(item: pytest.Item, backend: str) -> bool:
 def fixed_seed() -> None:
     """Every test starts from the same random state, in whatever order tests run."""
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def initial_weights_of_numpy() -> Iterator[None]:
+    """JAX compiles its random generator anew for every shape, which takes longer than the tests."""
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    from keras.src.backend.jax import random
+
+    def uniform(shape: Any, minval: float = 0.0, maxval: float = 1.0, dtype: Any = None, **_: Any):
+        return np.random.uniform(minval, maxval, shape).astype(dtype or "float32")
+
+    def normal(shape: Any, mean: float = 0.0, stddev: float = 1.0, dtype: Any = None, **_: Any):
+        return np.random.normal(mean, stddev, shape).astype(dtype or "float32")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random, "uniform", uniform)
+        patch.setattr(random, "normal", normal)
+        patch.setattr(random, "truncated_normal", normal)
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ import keras_rq as rq
 BACKEND = keras.backend.backend()
 
 # JAX compiles anew for every shape that Hypothesis thinks of.
-few = settings(max_examples=10 if BACKEND == "jax" else 30, deadline=None)
+few = settings(max_examples=8 if BACKEND == "jax" else 30, deadline=None)
 
 
 def value_and_gradient(
@@ -26,6 +27,12 @@ def value_and_gradient(
     x = ops.convert_to_tensor(x, dtype=dtype)
     y, dx = _RUN[BACKEND](function, x, ops.convert_to_tensor(upstream, dtype="float32"))
     return to_numpy(y), to_numpy(dx)
+
+
+@functools.cache
+def fake_quantizer(quantizer: Any) -> Callable[[Any], Any]:
+    """`rq.ops.fake_quantize` with the quantizer filled in; the same function every time."""
+    return lambda x: rq.ops.fake_quantize(x, quantizer)
 
 
 def to_numpy(tensor: Any) -> np.ndarray:
@@ -65,6 +72,11 @@ def relative_error(received: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _jax(function: Callable[[Any], Any], x: Any, upstream: Any) -> tuple[Any, Any]:
+    return _jax_run(function)(x, upstream)
+
+
+@functools.cache
+def _jax_run(function: Callable[[Any], Any]) -> Callable[..., tuple[Any, Any]]:
     import jax
 
     @jax.jit  # see `compiled`
@@ -72,7 +84,7 @@ def _jax(function: Callable[[Any], Any], x: Any, upstream: Any) -> tuple[Any, An
         y, pull = jax.vjp(function, x)
         return y, pull(upstream.astype(y.dtype))[0]
 
-    return run(x, upstream)
+    return run
 
 
 def _tensorflow(function: Callable[[Any], Any], x: Any, upstream: Any) -> tuple[Any, Any]:

@@ -12,7 +12,8 @@ from keras_rq import cli
 from keras_rq.demo import digits, files, methods, table, training
 from keras_rq.demo.results import Results, Row
 
-pytestmark = pytest.mark.xdist_group("demo")  # one process runs the demo for all tests here
+# One process runs the demo for all tests here, and compiles seven models to do so.
+pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -77,9 +77,9 @@ def notes(results: Results) -> list[str]:
     return [
         f"Float: {results.float_recipe}.",
         f"Quantized, both trainings: {results.recipe}. {spread}",
-        f"Accuracy: on {results.test_images} images that no model was trained on. Bits per element: "
-        "of the kernels, with scales and offsets.",
+        f"Accuracy: on {results.test_images} images that no model was trained on. "
+        "Bits per element: of the kernels, with scales and offsets.",
         "File: made from the best seed of ridge. Largest difference: of its logits from the Keras "
-        "model's over all test images, where a class differs too if a rounding tie fell the other "
-        "way. Latency: one image on one thread, median, over that of the float file.",
+        "model's over all test images; it shows where a rounding tie fell the other way. "
+        "Latency: one image on one thread, median, over that of the float file.",
     ]

@@ -61,9 +61,10 @@ class QuantizedLayer:
         """What `multiply` does when nothing stands in for it."""
         quantization = self.quantization
         weights, activations = quantization.weights, quantization.activations
+        kernel = self.float32_kernel(name)
         # Rotated alike, the operands keep their product: no way back is needed.
         alike = bool(weights and activations and weights.rotation == activations.rotation)
-        kernel = self.float32_kernel(name)
+        alike = alike and product.shares_rotation(x.shape, kernel.shape)
         if activations is not None:
             x = activations.fake_quantize(x, product.input_blocks(activations), unrotate=not alike)
         if weights is not None:

@@ -15,7 +15,11 @@ import numpy as np
 from keras import ops
 
 from keras_rq.numerics.blocks import Blocks
+from keras_rq.numerics.rotations import rotation_size
 from keras_rq.quantizers import Quantizer
+
+
+Shape = tuple[int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,13 @@ class Product:
         """The product of two float operands."""
         raise NotImplementedError
 
-    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+    def shares_rotation(self, input_shape: Shape, kernel_shape: Shape) -> bool:
+        """Whether operands that are both rotated have the product of the operands as they were."""
+        along_input = math.prod(input_shape[a] for a in self.input_axes)
+        along_kernel = math.prod(kernel_shape[a] for a in self.kernel_axes)
+        return rotation_size(along_input) == rotation_size(along_kernel)
+
+    def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         """How often each kernel element is used per sample; None if a size is unknown."""
         return _count(output_shape[1:-1])
 
@@ -84,7 +94,6 @@ class Einsum(Product):
         """Finds the axes: a letter of both operands that the output lacks is contracted."""
         operands, output = equation.replace(" ", "").split("->")
         x, kernel = operands.split(",")
-        # Count input axes from the right unless an ellipsis stands on the right.
         x = _expand_ellipsis(x, input_rank)
         contracted = [letter for letter in kernel if letter in x and letter not in output]
         return cls(
@@ -135,7 +144,7 @@ class Einsum(Product):
         fill = "".join(letter for letter in expanded if letter not in x)
         return expanded, kernel, output.replace("...", fill)
 
-    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+    def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         operands, output = self.equation.replace(" ", "").split("->")
         kernel = operands.split(",")[1]
         letters = _expand_ellipsis(output, len(output_shape))
@@ -160,9 +169,11 @@ class Spatial(Product):
 
     is_convolution = True
 
-    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
-        last = self.data_format == "channels_last"
-        return _count(output_shape[1:-1] if last else output_shape[2:])
+    def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
+        return self._pixels(output_shape)
+
+    def _pixels(self, shape: Shape) -> int | None:
+        return _count(shape[1:-1] if self.data_format == "channels_last" else shape[2:])
 
     @staticmethod
     def input_layout(rank: int, data_format: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -220,6 +231,9 @@ class Depthwise(Spatial):
             axes, shared, tuple(range(rank)), (), tuple(strides), tuple(dilation), data_format
         )
 
+    def shares_rotation(self, input_shape: Shape, kernel_shape: Shape) -> bool:
+        return False  # the kernel is rotated along space, the input along channels
+
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.depthwise_conv(
             x,
@@ -263,10 +277,8 @@ class TransposedConvolution(Spatial):
             dilation_rate=self.dilation,
         )
 
-    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
-        # Every input element meets the whole kernel, and the strides lie between input elements.
-        positions = super().positions(output_shape)
-        return None if positions is None else positions // math.prod(self.strides)
+    def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
+        return self._pixels(input_shape)  # every input element meets the whole kernel
 
 
 @dataclass(frozen=True)
@@ -281,7 +293,7 @@ class Lookup(Product):
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.take(kernel, x, axis=0)
 
-    def positions(self, output_shape: tuple[int | None, ...]) -> int | None:
+    def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         return 0
 
 

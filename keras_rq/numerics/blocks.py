@@ -152,7 +152,13 @@ class BlockView:
         return values
 
     def mean(self, values: Any) -> Any:
-        return ops.mean(values, axis=self.reduced, keepdims=True)
+        # One axis at a time. Quantized values are few and repeat, so that the rounding errors of
+        # one long sum add up instead of cancelling: 1e-5 on XLA's CPU backend, whose sums are
+        # sequential.
+        for axis in reversed(self.reduced):
+            if values.shape[axis] != 1:
+                values = ops.mean(values, axis=axis, keepdims=True)
+        return values
 
     def max(self, values: Any) -> Any:
         return ops.max(values, axis=self.reduced, keepdims=True)

@@ -1,9 +1,9 @@
 """Which codes exist: one bit, ternary, two to eight bits, and FP4 (E2M1).
 
-A grid is a finite set of codes. A *linear* grid is symmetric around zero and `f(x) = x / scale`; an
-*affine* grid is anchored at its lowest code and `f(x) = (x - origin) / scale + low`. Codes are small
-integers so that products of codes are exact in int32; FP4 codes are half-integers and are doubled
-when they are stored (`code_multiplier`).
+A grid is a finite set of codes. A *linear* grid is symmetric around zero and `f(x) = x / scale`;
+an *affine* grid is anchored at its lowest code and `f(x) = (x - origin) / scale + low`. Codes are
+small integers so that products of codes are exact in int32; FP4 codes are half-integers and are
+doubled when they are stored (`code_multiplier`).
 
 | bits   | affine codes         | linear codes           |
 |--------|----------------------|------------------------|
@@ -61,9 +61,9 @@ class Grid:
     Attributes:
         bits: the name users give it: 1, 1.5, 2 ... 8 or "fp4".
         codes: all codes in ascending order, as float values.
-        anchor: the code at the origin of the range: 0 for linear grids, the lowest code for affine ones.
+        anchor: the code at the origin of the range: 0 for linear grids, for affine ones the lowest.
         edge_step: distance between the two outermost codes, in code units.
-        gaussian_edge: where the outermost code lies on a standard normal, for the least squared error.
+        gaussian_edge: where the outermost code lies on a standard normal, for the least error.
         code_multiplier: stored integer code = code * code_multiplier.
     """
 
@@ -146,7 +146,7 @@ def grid_for(bits: Bits, affine: bool) -> Grid:
 
     Args:
         bits: 1, 1.5 (ternary), 2 to 8, or "fp4".
-        affine: whether the dequantizer fits an offset; then the grid is anchored at its lowest code.
+        affine: whether the dequantizer fits an offset; the grid's anchor is then its lowest code.
 
     Returns:
         A `Grid`.

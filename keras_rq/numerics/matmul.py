@@ -1,8 +1,8 @@
 r"""Theorem 1: the product of two dequantized matrices from one integer product.
 
-For `X~ = s_x Q_x + b_x` with statistics per row and `W~ = s_w Q_w + b_w` with statistics per column,
-both of contraction length n, write `q` for the mean code of a row or column and `m = s q + b` for
-the mean of its dequantized values. Then
+For `X~ = s_x Q_x + b_x` with statistics per row and `W~ = s_w Q_w + b_w` with statistics per
+column, both of contraction length n, write `q` for the mean code of a row or column and
+`m = s q + b` for the mean of its dequantized values. Then
 
     X~ W~ = s_x s_w * (Q_x Q_w - n q_x q_w) + n m_x m_w
 
@@ -42,8 +42,10 @@ def theorem1(
         code_sums_x: sums of the codes of each row, as int32.
         code_sums_w: sums of the codes of each column, likewise.
         count: contraction length n, as int32.
-        scale_x, offset_x: dequantizer of each row; `offset_x` None for a linear one.
-        scale_w, offset_w: dequantizer of each column, likewise.
+        scale_x: dequantizer of each row,
+        offset_x: with None for a linear one.
+        scale_w: dequantizer of each column,
+        offset_w: likewise.
 
     Returns:
         float32, shaped like `product`.

@@ -18,6 +18,7 @@ LARGEST = 128
 
 
 def check_rotation(rotation: Any) -> str | None:
+    """Returns `rotation` or raises a `ValueError` that lists what is accepted."""
     if rotation not in (None, "hadamard"):
         raise ValueError(f"`rotation` must be None or 'hadamard'. Received: rotation={rotation!r}")
     return rotation

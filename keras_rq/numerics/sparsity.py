@@ -1,4 +1,4 @@
-"""Which weights survive: N of every M along the contraction axis, or the largest fraction of all."""
+"""Which weights survive: N of every M along the contraction axis, or the largest of all."""
 
 from __future__ import annotations
 

@@ -15,9 +15,9 @@ from keras_rq.quantizers.base import Encoding, Quantizer, check_nonnegative, ser
 class Ridge(Quantizer):
     """Additive-noise quantization with a ridge-regression dequantizer (arXiv 2409.09245).
 
-    Codes are `q = f(x) + delta`, with the noise `delta` (rounding, clipping, pruning) a constant for
-    the gradient. Scale and offset are the ridge regression of `x` onto `q`, block by block, and do
-    carry gradient, so that the backward pass knows the noise where a straight-through estimator
+    Codes are `q = f(x) + delta`, with the noise `delta` (rounding, clipping, pruning) a constant
+    for the gradient. Scale and offset are the ridge regression of `x` onto `q`, block by block, and
+    do carry gradient, so that the backward pass knows the noise where a straight-through estimator
     ignores it. Forward and backward formulas: `keras_rq.numerics.dequantizers`.
 
     Args:
@@ -73,9 +73,9 @@ class Ridge(Quantizer):
         self.ridge_lambda = check_nonnegative("ridge_lambda", ridge_lambda)
 
     def fit(self, values: Any, codes: Any, span: Range, view: BlockView) -> Line:
-        # Positions on codes, both counted from the anchor, rather than values on codes: a flat block
-        # is then exactly zero, and the slope over the width of one code, which the gradient needs,
-        # is no rounding error over a tiny width.
+        # Positions on codes, both counted from the anchor, rather than values on codes: a flat
+        # block is then exactly zero, and the slope over the width of one code, which the gradient
+        # needs, is no rounding error over a tiny width.
         anchor = self.grid.anchor
         unit = ridge_fit(
             span.position(values),

@@ -28,7 +28,7 @@ class StraightThrough(Quantizer):
 
     >>> import numpy as np, keras_rq as rq
     >>> x = np.array([[-1.0, -0.5, 0.5, 1.0]], "float32")
-    >>> y = rq.ops.fake_quantize(x, rq.quantizers.StraightThrough(2))
+    >>> y = rq.ops.fake_quantize(x, rq.quantizers.StraightThrough(2, range="minmax"))
     >>> [round(float(v), 2) for v in y[0]]
     [-1.0, -0.33, 0.33, 1.0]
     """

@@ -219,7 +219,7 @@ def _energy(
     density = weights.pattern.density if weights and weights.pattern else 1.0
     per_product = _width(quantization.activations) * _width(weights) * density
     counts = [
-        (kernels[name].size, product.positions(output_shape))
+        (kernels[name].size, product.positions(shape["input_shape"], output_shape))
         for name, product in products_of(layer).items()
     ]
     if any(positions is None for _, positions in counts):

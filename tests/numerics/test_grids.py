@@ -106,7 +106,9 @@ def test_edge_minimises_the_error_of_a_gaussian(grid: Any):
 @pytest.mark.once
 @pytest.mark.parametrize(("levels", "published"), PUBLISHED_ERRORS.items())
 def test_error_of_a_gaussian_is_the_published_one(levels: int, published: float):
-    edges = {len(g.codes): g.gaussian_edge for b in (1, 1.5, 2, 3, 4, 8) for g in [grid_for(b, True)]}
+    edges = {
+        len(g.codes): g.gaussian_edge for b in (1, 1.5, 2, 3, 4, 8) for g in [grid_for(b, True)]
+    }
     codes = np.arange(levels) - (levels - 1) / 2
     error = reference.gaussian_error(codes, edges[levels] / codes[-1])
     digits = len(f"{published:.10f}".rstrip("0").split(".")[1])
@@ -127,7 +129,9 @@ def test_bits_have_one_canonical_form(bits: Any):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("bits", [0, 9, 1.58, -1, True, None, "int4", "4", float("nan"), [4], np.ones(2)])
+@pytest.mark.parametrize(
+    "bits", [0, 9, 1.58, -1, True, None, "int4", "4", float("nan"), [4], np.ones(2)]
+)
 def test_other_bits_are_named_in_the_error(bits: Any):
     with pytest.raises(ValueError, match=r"`bits` must be one of \[1, 1.5, 2.*'fp4'\]") as raised:
         check_bits(bits)

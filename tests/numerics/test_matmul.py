@@ -1,4 +1,4 @@
-"""Theorem 1: the integer product and two corrections are the product of the dequantized operands."""
+"""Theorem 1: one integer product and two corrections are the product of the float operands."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def dequantized(tensor: Any) -> np.ndarray:
     return sum(to_numpy(compiled(view.merge)(ops.convert_to_tensor(h))) for h in (upper, lower))
 
 
-def operands(x_quantizer: Any, w_quantizer: Any, batch: tuple[int, ...] = (5,), seed: int = 0) -> Any:
+def operands(
+    x_quantizer: Any, w_quantizer: Any, batch: tuple[int, ...] = (5,), seed: int = 0
+) -> Any:
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(*batch, LENGTH)) + 0.5).astype("float32")
     w = (0.1 * rng.normal(size=(LENGTH, 6)) - 0.02).astype("float32")
@@ -96,7 +98,7 @@ def test_rotated_operands_need_no_way_back():
 @pytest.mark.forward
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_an_outlier_does_not_drown_the_product(bits: int):
-    """All other codes of its row lie at one end, where the two terms of the theorem nearly cancel."""
+    """The other codes of its row lie at one end, where the terms of the theorem nearly cancel."""
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(5, 1024)), rng.normal(size=(1024, 6)) + 3
     x[:, 3] = 100
@@ -128,7 +130,9 @@ def test_the_product_is_one_of_int8_into_int32(size: Any):
 def test_operands_that_do_not_belong_together_are_refused():
     x, w = operands(Ridge(4), Ridge(4))
     plain = np.zeros((5, LENGTH), "float32")
-    with pytest.raises(TypeError, match=r"`x` must be a QuantizedTensor.*rq\.ops\.quantize.*x=ndarray"):
+    with pytest.raises(
+        TypeError, match=r"`x` must be a QuantizedTensor.*rq\.ops\.quantize.*x=ndarray"
+    ):
         rq.ops.affine_matmul(plain, w)
     with pytest.raises(TypeError, match=r"`w` must be a QuantizedTensor.*w=ndarray"):
         rq.ops.affine_matmul(x, plain)

@@ -55,7 +55,9 @@ def test_notations():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("sparsity", ["2/4", "half", 0.0, 1.0, 1, True, (2,), (2.0, 4), (True, 4), {}])
+@pytest.mark.parametrize(
+    "sparsity", ["2/4", "half", 0.0, 1.0, 1, True, (2,), (2.0, 4), (True, 4), {}]
+)
 def test_other_notations_are_named_in_the_error(sparsity: Any):
     with pytest.raises(ValueError, match=r"`sparsity` must be 'N:M' or \(N, M\)") as raised:
         check_sparsity(sparsity)

@@ -19,8 +19,9 @@ ESTIMATORS = [Ridge, StraightThrough]
 @pytest.mark.parametrize(
     ("fields", "offset", "rule"),
     [
-        ({"bits": 1}, True, "minmax"),
-        ({"bits": 2}, True, "minmax"),
+        ({"bits": 1}, True, "rms"),
+        ({"bits": 2}, True, "rms"),
+        ({"bits": 3}, True, "minmax"),
         ({"bits": 4}, True, "minmax"),
         ({"bits": 8}, True, "minmax"),
         ({"bits": 1.5}, False, "rms"),
@@ -29,7 +30,7 @@ ESTIMATORS = [Ridge, StraightThrough]
         ({"bits": 4, "affine": False}, False, "absmax"),
         ({"bits": 1, "sparsity": "2:4"}, False, "rms"),
         ({"bits": 4, "sparsity": 0.5}, False, "absmax"),
-        ({"bits": 1.5, "affine": True}, True, "minmax"),
+        ({"bits": 1.5, "affine": True}, True, "rms"),
         ({"bits": 4, "range": "rms"}, True, "rms"),
     ],
 )

@@ -140,9 +140,8 @@ def affine_matmul(x: QuantizedTensor, w: QuantizedTensor) -> Any:
     blocks_x, blocks_w = x.scale.shape[-1], w.scale.shape[0]
     blocks = max(blocks_x, blocks_w)
     size = getattr(x.view if blocks_x >= blocks_w else w.view, "block", length)
-    # (..., blocks, 1, block) times (blocks, block, columns): int8 operands, int32 accumulator.
     cx, cw = _split_codes(x.codes, -1, blocks, size), _split_codes(w.codes, 0, blocks, size)
-    product = ops.squeeze(ops.matmul(ops.expand_dims(cx, -2), cw), axis=-2)
+    product = ops.einsum("...bk,bkn->...bn", cx, cw)  # int8 operands, int32 accumulator
     counts = np.minimum(size, length - size * np.arange(blocks, dtype="int32"))[:, None]
     lead = [1] * (len(x.shape) - 1)
     terms = theorem1(

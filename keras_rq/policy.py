@@ -119,7 +119,9 @@ class Rule:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Rule:
         names = ("match", "weights", "activations", "skip")
-        fields = _checked_fields({"version": _VERSION, **config}, "a rule", names)
+        # A rule is saved within a policy, which has the version.
+        config = {"version": _VERSION, **config} if isinstance(config, dict) else config
+        fields = _checked_fields(config, "a rule", names)
         match = fields.pop("match")
         if not isinstance(match, dict) or set(match) not in ({"path"}, {"class"}):
             raise ValueError(

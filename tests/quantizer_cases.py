@@ -6,7 +6,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
-from reference import Spec, blocks
+from reference import Spec
 
 from keras_rq import quantizers
 from keras_rq.numerics.blocks import Blocks
@@ -32,17 +32,6 @@ class Case(NamedTuple):
         x = rng.normal(size=self.shape) + 0.4
         x = np.where(rng.random(self.shape) < 0.02, 3 * x, x)
         return x.astype("float32"), rng.normal(size=self.shape).astype("float32")
-
-    @property
-    def rounding(self) -> float:
-        """1e-6, or what float32 sums over a large block may lose where they run one by one.
-
-        A sum of N numbers is off by N * 2^-24 at worst. TensorFlow and XLA were seen to come within
-        a factor of ten of that on a CPU (2.7e-6 for 720 numbers); PyTorch, which sums pairwise,
-        stays below 1e-6.
-        """
-        largest = max(at.sum() for at in blocks(self.shape, self.spec))
-        return max(1e-6, largest * 2.0**-26)
 
 
 def make(

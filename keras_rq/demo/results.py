@@ -98,11 +98,18 @@ class Results:
         return {
             **fields,
             "rows": [row.to_dict() for row in self.rows],
-            "backend": keras.backend.backend(),
-            "versions": versions(),
-            "machine": machine(),
-            "commit": commit(),
+            **provenance(),
         }
+
+
+def provenance() -> dict[str, object]:
+    """What a measurement belongs to: backend, versions, machine and commit."""
+    return {
+        "backend": keras.backend.backend(),
+        "versions": versions(),
+        "machine": machine(),
+        "commit": commit(),
+    }
 
 
 def versions() -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_rq.export._interpreter import require
+from keras_rq.export.interpreter import require
 
 # The oldest operator versions that know run-time quantized input with scales per output channel
 # and, for DEQUANTIZE, scales per channel.

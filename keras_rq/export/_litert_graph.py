@@ -39,7 +39,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keras_rq.export._flatbuffer import Signature, WeightPatch, patch_weights
-from keras_rq.export._interpreter import require
+from keras_rq.export.interpreter import require
 
 _PINS = (-128.0, 127.0)
 _LARGEST_CODE = 128  # of an activation, by magnitude

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 
 from keras_rq.export import litert, signatures
-from keras_rq.export._interpreter import IntegerKernel, integer_kernels
+from keras_rq.export.interpreter import IntegerKernel, integer_kernels
 from keras_rq.export.lowering import Lowered
 from keras_rq.export.verification import (
     Verification,

@@ -20,7 +20,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_rq.export import _interpreter, signatures
+from keras_rq.export import interpreter, signatures
 from keras_rq.export._litert_graph import IntegerGraph, convert
 from keras_rq.export.lowering import Call, Lowered, Lowering
 from keras_rq.layers.base import QuantizedLayer, lowered_by
@@ -65,7 +65,7 @@ def build(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
 
 
 def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
-    tf = _interpreter.require("tensorflow")
+    tf = interpreter.require("tensorflow")
     graph, calls = IntegerGraph(optimize), []
     flat = signatures.flatten(specs)
 
@@ -84,13 +84,13 @@ def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
 
 
 def _convert(function: Callable[..., Any], signature: list[Any], graph: IntegerGraph) -> bytes:
-    tf = _interpreter.require("tensorflow")
+    tf = interpreter.require("tensorflow")
     traced = tf.function(function, input_signature=signature, autograph=False)
     return convert(graph, traced.get_concrete_function())
 
 
 def _build_parts(calls: list[Call], optimize: str) -> bytes:
-    tf = _interpreter.require("tensorflow")
+    tf = interpreter.require("tensorflow")
     graph = IntegerGraph(optimize)
 
     def serve(*arrays: Any) -> Any:
@@ -166,7 +166,7 @@ def child_main(request: dict[str, Any]) -> list[dict[str, Any]]:
 
 def runner(content: bytes) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
     """A function from the flat inputs of a file to its outputs, both in the model's order."""
-    signature = _interpreter.load(content).get_signature_runner()
+    signature = interpreter.load(content).get_signature_runner()
     names = list(signature.get_input_details())
 
     def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rq.export._interpreter import require
+from keras_rq.export.interpreter import require
 from keras_rq.export._litert_graph import IntegerGraph
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.layers.products import (

@@ -145,11 +145,10 @@ class Einsum(Product):
         return expanded, kernel, output.replace("...", fill)
 
     def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
-        operands, output = self.equation.replace(" ", "").split("->")
-        kernel = operands.split(",")[1]
-        letters = _expand_ellipsis(output, len(output_shape))
-        pairs = list(zip(letters, output_shape, strict=True))
-        return _count([size for letter, size in pairs[1:] if letter not in kernel])
+        # Of the input: a layer may leave sizes of its output open, as attention does.
+        x, kernel, _ = self._labels(len(input_shape))
+        sizes = dict(zip(x, input_shape, strict=True))
+        return _count([sizes[letter] for letter in x[1:] if letter not in kernel])
 
 
 def _expand_ellipsis(labels: str, rank: int) -> str:

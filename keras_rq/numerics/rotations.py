@@ -6,10 +6,9 @@ which is what a uniform grid likes (QuEST, arXiv 2502.05003, section 3).
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
-import numpy as np
 from keras import ops
 
 from keras_rq.numerics.blocks import MergedAxes
@@ -45,17 +44,12 @@ def hadamard(x: Any, axes: tuple[int, ...]) -> Any:
         return x
     flat = merged.merge(x)
     at, sizes = merged.position, list(ops.shape(flat))
-    blocks = ops.reshape(flat, [*sizes[:at], merged.length // size, size, *sizes[at + 1 :]])
-    matrix = ops.cast(_matrix(size), x.dtype)
-    rotated = ops.tensordot(blocks, matrix, axes=[[at + 1], [0]])
-    if at + 2 < len(blocks.shape):
-        rotated = ops.moveaxis(rotated, -1, at + 1)
-    return merged.unmerge(ops.reshape(rotated, sizes))
-
-
-@functools.cache
-def _matrix(size: int) -> np.ndarray:
-    matrix = np.ones((1, 1))
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / np.sqrt(size)).astype(np.float32)
+    before, after = sizes[:at], sizes[at + 1 :]
+    half = 1
+    while half < size:
+        # Sums and differences, not a matrix product: accelerators round the operands of those.
+        pairs = ops.reshape(flat, [*before, merged.length // (2 * half), 2, half, *after])
+        first, second = (pairs[(slice(None),) * (at + 1) + (i,)] for i in range(2))
+        flat = ops.stack([first + second, first - second], axis=at + 1)
+        half *= 2
+    return merged.unmerge(ops.reshape(flat, sizes)) * (1.0 / math.sqrt(size))

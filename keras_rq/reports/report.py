@@ -105,8 +105,19 @@ class Report:
         total = self.total.bits_per_element
         bits = "" if total is None else f", {total:.2f} bits per kernel element"
         lines = [f"{self.name}: {quantized} of {len(self.rows)} layers quantized{bits}"]
-        lines += [f"  float: {path} ({reason})" for path, reason in self.kept_float.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.float_lines("  ")])
+
+    def float_lines(self, indent: str = "") -> list[str]:
+        """Why layers stay in float: those of one class for one reason share a line."""
+        groups: dict[tuple[str, str], list[str]] = {}
+        for row in self.rows:
+            if row.reason is not None:
+                groups.setdefault((row.layer, row.reason), []).append(row.path)
+        return [
+            f"{indent}float: {paths[0] if len(paths) == 1 else f'{len(paths)} {layer} layers'} "
+            f"({reason})"
+            for (layer, reason), paths in groups.items()
+        ]
 
     def __str__(self) -> str:
         from keras_rq.reports.table import render

@@ -114,6 +114,8 @@ def _reason_for_unknown(layer: keras.layers.Layer) -> str:
     base = next((c for c in supported_layers() if isinstance(layer, c)), None)
     if base is not None:
         return f"{name} is a subclass of {base.__name__}; its own call() may do more than a product"
+    if all(len(variable.shape) <= 1 for variable in layer._trainable_variables):
+        return "multiplies no matrix"  # normalization and the like: float by design
     return f"{name} has no quantized counterpart"
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gradients import relative_error
-from quantizer_cases import CASES
 
 TESTS = Path(__file__).parent.parent
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -34,5 +33,4 @@ def test_backends_agree(tmp_path: Path):
         for one, other in itertools.combinations(BACKENDS, 2)
         for name in arrays[one]
     }
-    allowed = {case.name: case.rounding for case in CASES}
-    assert {at: e for at, e in errors.items() if e > allowed[at[-1].split("/")[0]]} == {}
+    assert {at: error for at, error in errors.items() if error > 1e-6} == {}

@@ -13,7 +13,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 pytest.importorskip("ai_edge_litert")
 
-from keras_rq.export import _flatbuffer, _interpreter  # noqa: E402
+from keras_rq.export import _flatbuffer, interpreter  # noqa: E402
 from keras_rq.export._litert_graph import IntegerGraph, convert, storage_bits  # noqa: E402
 
 pytestmark = pytest.mark.once
@@ -74,15 +74,15 @@ def convolution(
 
 
 def assert_bit_equal(buffer: bytes, x: np.ndarray, expected: np.ndarray) -> None:
-    (result,) = _interpreter.run(buffer, [x])
+    (result,) = interpreter.run(buffer, [x])
     np.testing.assert_array_equal(result, expected)
 
 
 def assert_integer_kernels(buffer: bytes, *storage: str) -> None:
-    kernels = _interpreter.integer_kernels(buffer)
+    kernels = interpreter.integer_kernels(buffer)
     assert [kernel.storage for kernel in kernels] == list(storage)
     assert all(kernel.delegated for kernel in kernels)
-    assert _interpreter.op_names(buffer) == ["DELEGATE"]
+    assert interpreter.op_names(buffer) == ["DELEGATE"]
 
 
 # Matrix products.
@@ -162,7 +162,7 @@ def test_builtin_kernels_do_what_the_table_says(rng, bits, full):
     scale, x = scales(rng, 16), activations(rng, (4, 300))
     _, buffer = build((4, 300), lambda g, x: g.matmul(x, weight, scale, bits, "m"))
     expected = scaled(x.astype(np.int64) @ weight.astype(np.int64), scale)
-    (result,) = _interpreter.run(buffer, [x], delegate=False)
+    (result,) = interpreter.run(buffer, [x], delegate=False)
     exact = bits == 2 or (bits == 8 and not full)
     assert np.array_equal(result, expected) == exact
 
@@ -247,8 +247,8 @@ def test_depthwise_is_exact_in_float(rng, channels, multiplier, strides, dilatio
     graph, buffer = build(shape, product)
     total = convolution(x, weight, strides, dilation)
     assert_bit_equal(buffer, x, scaled(total.reshape(*total.shape[:3], -1), scale))
-    assert _interpreter.op_names(buffer) == ["DELEGATE"]
-    assert _interpreter.tensor_types(buffer)["d/codes"] == "INT8"
+    assert interpreter.op_names(buffer) == ["DELEGATE"]
+    assert interpreter.tensor_types(buffer)["d/codes"] == "INT8"
     assert [(patch.kernel, patch.op) for patch in graph.patches] == [("float", "DEPTHWISE_CONV_2D")]
 
 
@@ -272,7 +272,7 @@ def test_constant_is_dequantized_exactly(rng, axis, bits, optimize):
         )
         assert_bit_equal(buffer, np.eye(12, dtype=np.float32), value)
         storage = "INT8" if optimize == "latency" else f"INT{bits}"
-        assert _interpreter.tensor_types(buffer)["k/codes"] == storage
+        assert interpreter.tensor_types(buffer)["k/codes"] == storage
         assert [patch.kernel for patch in graph.patches] == ["float"]
 
 
@@ -283,8 +283,8 @@ def test_int8_constant_of_a_convolution_stays_in_xnnpack(rng):
         x.shape, lambda g, x: tf.nn.conv2d(x, g.constant(weight, scale, None, 8, 3, "k"), 1, "SAME")
     )
     expected = tf.nn.conv2d(x, weight * scale, 1, "SAME")
-    np.testing.assert_allclose(_interpreter.run(buffer, [x])[0], expected, rtol=1e-5, atol=1e-4)
-    assert _interpreter.op_names(buffer) == ["DELEGATE"]
+    np.testing.assert_allclose(interpreter.run(buffer, [x])[0], expected, rtol=1e-5, atol=1e-4)
+    assert interpreter.op_names(buffer) == ["DELEGATE"]
 
 
 # Finding weights.
@@ -347,12 +347,12 @@ def test_signature_names_inputs_and_outputs(rng):
     buffer = convert(graph, serve.get_concrete_function())
     x = activations(rng, (2, 8))
     inputs = {"codes": x, "unused": np.zeros(5, np.float32)}
-    outputs = _interpreter.load(buffer).get_signature_runner()(**inputs)
+    outputs = interpreter.load(buffer).get_signature_runner()(**inputs)
     np.testing.assert_array_equal(outputs["a"], x + 1)
     np.testing.assert_allclose(outputs["z"], serve(**inputs)["z"], rtol=1e-5, atol=1e-4)
-    assert len(_interpreter.run(buffer, inputs)) == 2
+    assert len(interpreter.run(buffer, inputs)) == 2
     with pytest.raises(ValueError, match=r"names \['x'\]; the file's inputs are"):
-        _interpreter.run(buffer, {"x": x})
+        interpreter.run(buffer, {"x": x})
 
 
 def test_file_size_follows_the_storage(rng):
@@ -501,14 +501,14 @@ def test_a_missing_package_names_its_extra(monkeypatch, module, extra):
     monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"keras-rq\[{extra}\]"):
-        _interpreter.require(module)
+        interpreter.require(module)
 
 
 def test_timing_compares_buffers(rng):
     weight, scale = integers(rng, (64, 64), 4), scales(rng, 64)
     _, buffer = build((1, 64), lambda g, x: g.matmul(x, weight, scale, 4, "m"))
     x = activations(rng, (1, 64))
-    times = _interpreter.time_buffers({"a": buffer, "b": buffer}, [x], repeats=3)
+    times = interpreter.time_buffers({"a": buffer, "b": buffer}, [x], repeats=3)
     assert set(times) == {"a", "b"}
     assert all(value > 0 for value in times.values())
 
@@ -522,5 +522,5 @@ def test_an_operator_outside_the_delegate_is_reported(rng):
         input_signature=[tf.TensorSpec(x.shape, tf.float32)],
     ).get_concrete_function()
     graph.patches[0] = dataclasses.replace(graph.patches[0], bits=4)
-    (kernel,) = _interpreter.integer_kernels(convert(graph, traced))
+    (kernel,) = interpreter.integer_kernels(convert(graph, traced))
     assert (kernel.op, kernel.storage, kernel.delegated) == ("CONV_2D", "INT4", False)

@@ -26,7 +26,7 @@ class Member(NamedTuple):
         return history.history["loss"]
 
     def compile(self, **arguments: Any) -> None:
-        self.model.compile(keras.optimizers.Adam(1e-2), "mse", **arguments)
+        self.model.compile(keras.optimizers.Adam(2e-2), "mse", **arguments)
 
 
 def _numbers(*shape: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def tokens() -> Member:
     x = layers.Conv1DTranspose(8, 2, name="transposed")(x)
     x = layers.MultiHeadAttention(2, 4, use_bias=False, name="attention")(x, x)
     x = layers.GroupQueryAttention(4, 4, 2, use_bias=False, name="grouped")(x, x)
-    x = layers.EinsumDense("abc,cd->abd", (None, 6), bias_axes="d", name="einsum")(x)
+    x = layers.EinsumDense("abc,cd->abd", (5, 6), bias_axes="d", name="einsum")(x)
     x = layers.TimeDistributed(layers.Dense(4, name="inner"), name="steps")(x)
     outputs = layers.Dense(2, name="head")(layers.Flatten()(x))
     x = np.random.default_rng(0).integers(0, 9, (16, 6)).astype(np.int32)

@@ -37,7 +37,7 @@ def test_one_linear_bit_has_the_mean_magnitude_for_scale(ridge_lambda: float):
 
 @pytest.mark.forward
 def test_one_affine_bit_without_penalty_gives_the_class_means():
-    y = fake_quantize(ROWS, Ridge(1, ridge_lambda=0.0))
+    y = fake_quantize(ROWS, Ridge(1, ridge_lambda=0.0, range="minmax"))
     middle = (ROWS.max(axis=1) + ROWS.min(axis=1)) / 2
     for row, levels, threshold in zip(ROWS.astype(float), y, middle, strict=True):
         for members in (row > threshold, row <= threshold):

@@ -1,0 +1,92 @@
+"""Models to export, and a layer class in a module that another process can import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+import keras_rq as rq
+from keras_rq.quantizers import Ridge, StraightThrough
+
+
+@keras.saving.register_keras_serializable("export_cases")
+class Doubled(layers.Layer):
+    """A float layer of a user's own."""
+
+    def call(self, x: Any) -> Any:
+        return 2 * x
+
+
+BRANCHES = {
+    "dense": lambda i: layers.Dense(12, name="dense")(i["flat"]),
+    "relu": lambda i: layers.Dense(12, "relu", use_bias=False, name="relu")(i["flat"]),
+    "tokens": lambda i: layers.Dense(5, name="tokens")(i["series"]),
+    "einsum": lambda i: layers.EinsumDense(
+        "abc,cde->abde", (6, 2, 4), bias_axes="de", name="einsum"
+    )(i["series"]),
+    "contracted": lambda i: layers.EinsumDense("abc,bcd->ad", 6, name="contracted")(i["series"]),
+    "conv1d": lambda i: layers.Conv1D(8, 3, padding="causal", name="conv1d")(i["series"]),
+    "conv2d": lambda i: layers.Conv2D(8, 3, padding="same", strides=2, name="conv2d")(i["image"]),
+    "dilated": lambda i: layers.Conv2D(8, 2, dilation_rate=2, name="dilated")(i["image"]),
+    "depthwise": lambda i: layers.DepthwiseConv2D(3, name="depthwise")(i["image"]),
+    "separable": lambda i: layers.SeparableConv2D(8, 3, name="separable")(i["image"]),
+    "transposed": lambda i: layers.Conv2DTranspose(8, 2, name="transposed")(i["image"]),
+    "grouped": lambda i: layers.Conv2D(8, 3, groups=2, name="grouped")(i["image"]),
+    "lookup": lambda i: layers.Embedding(9, 12, name="lookup")(i["index"]),
+}
+
+# Those that become an integer product of XNNPACK.
+INTEGER = ("dense", "relu", "tokens", "einsum", "contracted", "conv1d", "conv2d", "dilated")
+
+SHAPES = {"flat": (70,), "series": (6, 12), "image": (6, 6, 8), "index": (4,)}
+
+
+def branches() -> keras.Model:
+    """Every kind of layer directly behind an input, each with an output of its own."""
+    inputs = {
+        name: keras.Input(shape, dtype="int32" if name == "index" else "float32", name=name)
+        for name, shape in SHAPES.items()
+    }
+    outputs = {name: make(inputs) for name, make in BRANCHES.items()}
+    model = keras.Model(inputs, outputs, name="branches")
+    for layer in model.layers:
+        if getattr(layer, "bias", None) is not None:
+            layer.bias.assign(np.random.default_rng(2).normal(size=layer.bias.shape))
+    return model
+
+
+def inputs(samples: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    arrays = {
+        name: generator.normal(0.2, 1.0, (samples, *shape)).astype(np.float32)
+        for name, shape in SHAPES.items()
+    }
+    arrays["index"] = generator.integers(0, 9, (samples, *SHAPES["index"])).astype(np.int32)
+    return arrays
+
+
+def both(quantizer: Any) -> rq.QuantizationPolicy:
+    return rq.QuantizationPolicy(weights=quantizer, activations=quantizer)
+
+
+# By name: a policy, and the storage of its weights in the file.
+SETTINGS = {
+    "A8W8": (rq.QuantizationPolicy("A8W8"), "INT8"),
+    "A4W4": (rq.QuantizationPolicy("A4W4"), "INT4"),
+    "A4W1": (rq.QuantizationPolicy("A4W1"), "INT2"),
+    "A1W1": (rq.QuantizationPolicy("A1W1"), "INT2"),
+    "A1.5W1.5": (rq.QuantizationPolicy("A1.5W1.5"), "INT2"),
+    "A8W2": (rq.QuantizationPolicy("A8W2"), "INT2"),
+    # Halves are doubled: -12 .. 12.
+    "Afp4Wfp4": (rq.QuantizationPolicy("Afp4Wfp4"), "INT8"),
+    "A8W4-2:4": (rq.QuantizationPolicy("A8W4-2:4"), "INT4"),
+    # Ragged: 70 is two blocks of 32 and one of 6.
+    "A4W4-32": (rq.QuantizationPolicy("A4W4-32"), "INT4"),
+    "A4W4-channel": (rq.QuantizationPolicy("A4W4-channel"), "INT4"),
+    "A8W4-tensor": (rq.QuantizationPolicy("A8W4-tensor"), "INT4"),
+    "rotated": (both(Ridge(4, rotation="hadamard")), "INT4"),
+    "straight-through": (both(StraightThrough(8, conv_block_size=4, block_size=32)), "INT8"),
+}

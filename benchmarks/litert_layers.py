@@ -80,11 +80,9 @@ def main() -> None:
             found = measure(name, Path(folder), SPECS[:1] if options.quick else SPECS)
             rows += found
             for row in found:
-                print(
-                    f"{row['layer']:32} {row['setting']:36} {row['nbytes']:>10,} bytes "
-                    f"{row['size_ratio']:5.2f}x {row['microseconds']:9.1f} us {row['time_ratio']:5.2f}x",
-                    flush=True,
-                )
+                size = f"{row['nbytes']:>10,} bytes {row['size_ratio']:5.2f}x"
+                time = f"{row['microseconds']:9.1f} us {row['time_ratio']:5.2f}x"
+                print(f"{row['layer']:32} {row['setting']:36} {size} {time}", flush=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")

@@ -293,7 +293,7 @@ def _refuse_matmuls(matmuls: Any) -> None:
         )
 
 
-def _serialize(quantizer: Quantizer | None | EllipsisType) -> Any:
+def _serialize(quantizer: Quantizer | EllipsisType | None) -> Any:
     if quantizer is ...:
         return "inherit"
     return keras.saving.serialize_keras_object(quantizer)
@@ -319,8 +319,8 @@ def _checked_fields(config: Any, what: str, names: Sequence[str]) -> dict[str, A
     if not isinstance(config, dict) or config.get("version") != _VERSION:
         version = config.get("version") if isinstance(config, dict) else config
         raise ValueError(
-            f"The saved form of {what} must have version {_VERSION}. Received: version={version!r}. "
-            "It was written by another release of keras_rq."
+            f"The saved form of {what} must have version {_VERSION}. Received: version={version!r}."
+            " It was written by another release of keras_rq."
         )
     fields = {name: value for name, value in config.items() if name != "version"}
     if set(fields) != set(names):

@@ -122,8 +122,8 @@ def export(
         inputs = signatures.random_inputs(specs, _SAMPLES * batch_size, model)
     else:
         inputs = signatures.check_inputs(inputs, specs, batch_size)
-    run_parts = litert.runner(built.parts) if built.parts else None
-    run_file = litert.runner(built.content)
+    run_parts = litert.runner(built.parts, built.part_names) if built.parts else None
+    run_file = litert.runner(built.content, [spec.name for spec in signatures.flatten(specs)])
     verification = verify(model, run_file, run_parts, inputs, batch_size, rtol)
     kernels = tuple(integer_kernels(built.content))
     write_atomically(path, built.content)

@@ -43,6 +43,11 @@ class LiteRTFile:
     parts: bytes
     products: tuple[Lowered, ...]
 
+    @property
+    def part_names(self) -> list[str]:
+        """What the inputs of `parts` are called, in order."""
+        return _part_names(len(self.products))
+
 
 def build(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
     """Converts a model to LiteRT.
@@ -99,8 +104,13 @@ def _build_parts(calls: list[Call], optimize: str) -> bytes:
             for call, x in zip(calls, arrays, strict=True)
         )
 
-    signature = [tf.TensorSpec(c.shape, c.dtype, name=f"input_{i}") for i, c in enumerate(calls)]
+    named = zip(calls, _part_names(len(calls)), strict=True)
+    signature = [tf.TensorSpec(call.shape, call.dtype, name=name) for call, name in named]
     return _convert(serve, signature, graph)
+
+
+def _part_names(count: int) -> list[str]:
+    return [f"input_{i}" for i in range(count)]
 
 
 def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
@@ -164,10 +174,16 @@ def child_main(request: dict[str, Any]) -> list[dict[str, Any]]:
     return [asdict(product) for product in built.products]
 
 
-def runner(content: bytes) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
-    """A function from the flat inputs of a file to its outputs, both in the model's order."""
+def runner(
+    content: bytes, names: Sequence[str]
+) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+    """A function from the flat inputs of a file to its outputs, both in the model's order.
+
+    Args:
+        content: the bytes of the file.
+        names: of its inputs, in that order; the file itself lists them by the alphabet.
+    """
     signature = interpreter.load(content).get_signature_runner()
-    names = list(signature.get_input_details())
 
     def run(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         outputs = signature(**dict(zip(names, arrays, strict=True)))

@@ -23,8 +23,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rq.export.interpreter import require
 from keras_rq.export._litert_graph import IntegerGraph
+from keras_rq.export.interpreter import require
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.layers.products import (
     Convolution,
@@ -141,7 +141,7 @@ class Lowering:
             return "LiteRT has no exact integer kernel for depthwise convolutions"
         if not isinstance(product, Convolution) or len(product.strides) > 2:
             return "LiteRT has no integer kernel for this kind of convolution"
-        return None if self.layer.groups == 1 else "LiteRT has no kernel for grouped convolutions"
+        return None if product.groups == 1 else "LiteRT has no kernel for grouped convolutions"
 
     # Integer products.
 
@@ -275,7 +275,8 @@ class Lowering:
 
     def _stored_as_integers(self, tensor: _Constant, bits: float, label: str) -> Any:
         """A float constant that the file holds as integer codes."""
-        codes, (scale, offset), view = tensor.codes, tensor.line, tensor.view
+        codes, line, view = tensor.codes, tensor.line, tensor.view
+        scale, offset = line.scale, line.offset
         varying = [a for a, size in enumerate(scale.shape) if size > 1]
         if len(varying) <= 1 and len(scale.shape) == codes.ndim:
             axis = varying[0] if varying else codes.ndim - 1
@@ -283,7 +284,7 @@ class Lowering:
             return self.graph.constant(codes, scale.reshape(-1), flat, bits, axis, label)
         ones = np.ones(1, np.float32)
         unpacked = self.graph.constant(codes, ones, None, bits, codes.ndim - 1, label)
-        return view.merge(tensor.line(view.split(unpacked)))
+        return view.merge(line(view.split(unpacked)))
 
 
 def _whole(quantizer: Quantizer) -> str:

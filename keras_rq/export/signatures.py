@@ -1,4 +1,4 @@
-"""The inputs of a model with all sizes fixed: shapes, dtypes and names, in the model's structure."""
+"""The inputs of a model with all sizes fixed: shapes, dtypes, names, in the model's structure."""
 
 from __future__ import annotations
 
@@ -90,14 +90,17 @@ def check_inputs(inputs: Any, specs: Any, batch_size: int) -> Any:
 
 
 def flatten(structure: Any) -> list[Any]:
+    """The leaves of a nested structure."""
     return tree.flatten(structure)
 
 
 def pack_like(structure: Any, flat: Sequence[Any]) -> Any:
+    """Leaves in the nesting of `structure`."""
     return tree.pack_sequence_as(structure, list(flat))
 
 
 def map_structure(function: Any, structure: Any) -> Any:
+    """`structure` with `function` applied to its leaves."""
     return tree.map_structure(function, structure)
 
 

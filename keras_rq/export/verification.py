@@ -31,8 +31,8 @@ from keras_rq.layers.base import QuantizedLayer, lowered_by
 
 # What float32 dot products of a few hundred terms are uncertain by, relative to the largest value.
 _LAST_BITS = 2.0**-21
-# What a float32 sum is uncertain by for each of its terms, where values are few and repeat, so that
-# rounding errors do not cancel. The integer kernel has no such error; the model that is trained has.
+# What a float32 sum is uncertain by for each of its terms, where values are few and repeat and
+# rounding errors do not cancel. The integer kernel has no such error; the trained model has.
 _ROUNDING = 2.0**-25
 _DRAWS = 4
 _PART_BATCHES = 2
@@ -129,8 +129,8 @@ def _check_parts(model: keras.Model, run_parts: Run, batch: Any, rtol: float) ->
         if beyond > (_TIED_SHARE if call.sums_decide_ties else 0.0):
             raise ExportMismatch(
                 f"Layer {call.label} does not survive the export: run by itself in LiteRT its "
-                f"product differs by {np.nanmax(gaps):.2g} of its largest output; {accepted:.2g} is "
-                "accepted. No file was written. This is a bug of keras_rq or of the LiteRT "
+                f"product differs by {np.nanmax(gaps):.2g} of its largest output; accepted is "
+                f"{accepted:.2g}. No file was written. This is a bug of keras_rq or of the LiteRT "
                 "runtime; please report it with the layer's configuration."
             )
         worst = max(worst, float(gaps[gaps <= accepted].max(initial=0.0)))
@@ -220,7 +220,7 @@ def check_destination(path: str | os.PathLike[str]) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes beside `path` and moves into place: a reader sees the old file or the whole new one."""
+    """Writes beside `path` and moves into place: readers see the old file or the whole new one."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

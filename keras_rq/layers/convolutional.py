@@ -48,7 +48,7 @@ class _Dense(_Convolutional):
 
     def products(self) -> dict[str, Product]:
         geometry = (self.strides, self.dilation_rate, self.data_format)
-        return {"kernel": Convolution.create(self.rank, *geometry)}
+        return {"kernel": Convolution.create(self.rank, *geometry, self.groups)}
 
 
 class _Depthwise(_Convolutional):
@@ -80,7 +80,7 @@ class _Separable(_Convolutional):
 
 
 class _Transposed(_Convolutional):
-    """Transposed convolutions; their padding crops the output, so the input is quantized as it is."""
+    """Transposed convolutions: padding crops their output, so the input is quantized as it is."""
 
     def products(self) -> dict[str, Product]:
         geometry = (self.strides, self.dilation_rate, self.data_format)

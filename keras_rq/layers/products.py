@@ -18,7 +18,6 @@ from keras_rq.numerics.blocks import Blocks
 from keras_rq.numerics.rotations import rotation_size
 from keras_rq.quantizers import Quantizer
 
-
 Shape = tuple[int | None, ...]
 
 
@@ -186,6 +185,8 @@ class Spatial(Product):
 class Convolution(Spatial):
     """Kernel (spatial..., input channels / groups, filters)."""
 
+    groups: int = 1
+
     @classmethod
     def create(
         cls,
@@ -193,12 +194,11 @@ class Convolution(Spatial):
         strides: tuple[int, ...],
         dilation: tuple[int, ...],
         data_format: str,
+        groups: int = 1,
     ) -> Convolution:
         axes, shared = cls.input_layout(rank, data_format)
-        kernel_shared = tuple(range(rank))
-        return cls(
-            axes, shared, (rank,), kernel_shared, tuple(strides), tuple(dilation), data_format
-        )
+        geometry = (tuple(strides), tuple(dilation), data_format)
+        return cls(axes, shared, (rank,), tuple(range(rank)), *geometry, groups)
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.conv(

@@ -157,7 +157,7 @@ def _check_state(model: keras.layers.Layer, layers: list[keras.layers.Layer]) ->
             )
         if quantized_class(type(layer)) is not None and not layer.built:
             raise ValueError(
-                f"Layer {layer.name!r} of {model.name!r} is not built, so its kernel does not exist "
+                f"Layer {layer.name!r} of {model.name!r} is not built: its kernel does not exist "
                 "yet. Call the model on a batch of data, or model.build(input_shape), first."
             )
     if not model.built:
@@ -169,27 +169,24 @@ def _check_state(model: keras.layers.Layer, layers: list[keras.layers.Layer]) ->
 
 def _check_fit(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
     """Raises if a layer cannot have these quantizers; names the layer."""
-    groups = getattr(layer, "groups", 1)
     try:
         for name, product in products_of(layer).items():
             kernel_shape = tuple(getattr(layer, name).shape)
             if quantization.weights is not None:
                 blocks = product.kernel_blocks(quantization.weights)
                 blocks.view(kernel_shape)
-                _check_groups(product, blocks.size, kernel_shape, groups)
+                _check_groups(product, blocks.size, kernel_shape)
             if quantization.activations is not None and product.input_axes:
                 size = product.input_blocks(quantization.activations).size
-                _check_groups(product, size, kernel_shape, groups)
+                _check_groups(product, size, kernel_shape)
     except ValueError as error:
         raise ValueError(f"Layer {layer.path!r} ({type(layer).__name__}): {error}") from error
 
 
-def _check_groups(
-    product: object, size: int | str, kernel_shape: tuple[int, ...], groups: int
-) -> None:
-    if not isinstance(product, Convolution) or isinstance(size, str) or groups == 1:
+def _check_groups(product: object, size: int | str, kernel_shape: tuple[int, ...]) -> None:
+    if not isinstance(product, Convolution) or isinstance(size, str) or product.groups == 1:
         return
-    channels = kernel_shape[-2]
+    channels, groups = kernel_shape[-2], product.groups
     if size < channels * groups and channels % size:
         raise ValueError(
             f"conv_block_size={size} must divide the {channels} input channels of each of the "

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
 import keras_rq as rq
 from keras_rq.quantizers import Ridge, StraightThrough

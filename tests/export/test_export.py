@@ -15,12 +15,12 @@ from keras import layers, ops
 pytest.importorskip("ai_edge_litert")
 pytest.importorskip("tensorflow")
 
-from export_cases import INTEGER, SETTINGS, Doubled, branches, inputs  # noqa: E402
+from export_cases import INTEGER, SETTINGS, Doubled, branches, inputs
 
-import keras_rq as rq  # noqa: E402
-from keras_rq.export import lowering, verification  # noqa: E402
-from keras_rq.export.interpreter import load  # noqa: E402
-from keras_rq.quantizers import Ridge  # noqa: E402
+import keras_rq as rq
+from keras_rq.export import lowering, verification
+from keras_rq.export.interpreter import load
+from keras_rq.quantizers import Ridge
 
 PRECISION = 1e-5  # relative to the largest output of a layer
 

@@ -6,7 +6,8 @@ Activations are encoded by the very code that trains (`Quantizer.encode`). With 
     x~ w~ = s_x (s_w Q_x Q_w - q s_w sum(Q_w)) + m c,    c = s_w sum(Q_w) + n b_w     (Theorem 1)
 
 where the integer kernel multiplies by `s_w` itself and `c` is a constant. The windows of a
-convolution have no mean of their own; there one more output channel returns `r = sum(Q_x)`, and
+convolution have no mean of their own, nor have rows that share statistics or blocks that the other
+operand cuts; there one more output channel returns `r = sum(Q_x)`, and
 
     x~ w~ = s_x (s_w Q_x Q_w + r b_w) + b_x c.
 
@@ -211,12 +212,15 @@ class Lowering:
 
     def _sum_of_products(self, x: _Codes, w: _Constant, kernel: _Kernel) -> Any:
         length, columns = w.codes.shape[-2:]
+        block = getattr(x.view, "block", length)
         pieces = list(_pieces(x.view, w.view, length))
         parts = _split(x.codes, [stop - start for start, stop in pieces])
         lines = _lines_of_blocks(x.line)
         total = None
         for (start, stop), codes in zip(pieces, parts, strict=True):
-            line = lines[start // x.view.block if len(lines) > 1 else 0]
+            line = lines[start // block if len(lines) > 1 else 0]
+            if (start % block, stop) != (0, min(start + block, length)) or _rows_share(line, codes):
+                line = Line(line.scale, line.offset)  # its means are not those of these codes
             weight = w.codes[..., start:stop, :]
             line_w = [
                 np.broadcast_to(_of_block(stat, w.view, start), columns)
@@ -311,6 +315,10 @@ def _corrected(
     else:
         y = line.scale * kernel(codes, weight, s_w)
     return y if line.offset is None else y + line.offset * totals
+
+
+def _rows_share(line: Line, codes: Any) -> bool:
+    return tuple(line.scale.shape[:-1]) != tuple(codes.shape[:-1])
 
 
 def _split(x: Any, sizes: list[int]) -> list[Any]:

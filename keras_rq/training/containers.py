@@ -101,7 +101,8 @@ class QuantizedContainer:
             raise ValueError(
                 f"The saved layer {container.name!r} ({type(container).__name__}) cannot be rebuilt"
                 " from its configuration, so its quantized layers cannot be restored. Give the"
-                " class a build() that builds all its layers, or get_build_config()/build_from_config()."
+                " class a build() that builds all its layers, or get_build_config() and"
+                " build_from_config()."
             )
         children = descendants(container)
         for position, saved in config["quantized"].items():

@@ -87,6 +87,16 @@ SETTINGS = {
     "A4W4-32": (rq.QuantizationPolicy("A4W4-32"), "INT4"),
     "A4W4-channel": (rq.QuantizationPolicy("A4W4-channel"), "INT4"),
     "A8W4-tensor": (rq.QuantizationPolicy("A8W4-tensor"), "INT4"),
+    "blocks that cut each other": (
+        rq.QuantizationPolicy(weights=Ridge(4, block_size=24), activations=Ridge(4, block_size=32)),
+        "INT4",
+    ),
+    "blocks of the kernel alone": (
+        rq.QuantizationPolicy(
+            weights=Ridge(4, block_size=32), activations=Ridge(8, block_size="channel")
+        ),
+        "INT4",
+    ),
     "rotated": (both(Ridge(4, rotation="hadamard")), "INT4"),
     "straight-through": (both(StraightThrough(8, conv_block_size=4, block_size=32)), "INT8"),
 }

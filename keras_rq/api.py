@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_rq.layers.base import is_quantized
-from keras_rq.policy import QuantizationPolicy
+from keras_rq.policy import QuantizationPolicy, is_shorthand
 from keras_rq.reports.report import Report, report
 from keras_rq.training import surgery
 
@@ -79,6 +79,8 @@ class _QuantizeDescriptor:
             mode: Any = None, config: Any = None, filters: Any = None, **kwargs: Any
         ) -> Any:
             policy = mode if isinstance(mode, QuantizationPolicy) else config
+            if isinstance(mode, str) and config is None and is_shorthand(mode):
+                policy = QuantizationPolicy(mode)
             if isinstance(policy, QuantizationPolicy):
                 return quantize(model, policy, filters, **kwargs)
             if any(is_quantized(layer) for layer in model._flatten_layers()):

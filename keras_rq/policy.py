@@ -55,8 +55,9 @@ class Rule:
     """What the layers that match get instead of the policy's default.
 
     Args:
-        match: a regular expression, searched in the layer's path; a layer class, whose subclasses
-            match too; or a callable that takes the layer and returns a bool.
+        match: a regular expression, searched in the layer's path; a layer class, by name, whose
+            subclasses match too, and so does what lies inside such a layer (a MultiHeadAttention
+            holds four EinsumDense); or a callable that takes the layer and returns a bool.
         weights: a quantizer, a bit width (then `Ridge`), or None for float. Left out: the policy's.
         activations: likewise.
         matmuls: quantizer of products of two activations; not available yet.
@@ -91,12 +92,14 @@ class Rule:
                 f"Received: weights={weights!r}, activations={activations!r}"
             )
 
-    def matches(self, layer: keras.layers.Layer) -> bool:
-        """Whether the rule speaks of `layer`."""
+    def matches(
+        self, layer: keras.layers.Layer, containers: Sequence[keras.layers.Layer] = ()
+    ) -> bool:
+        """Whether the rule speaks of `layer`, or by class of one of the containers it lies in."""
         if isinstance(self.match, str):
             return re.search(self.match, layer.path or layer.name) is not None
         if isinstance(self.match, _ClassNamed):
-            return self.match.matches(layer)
+            return any(self.match.matches(one) for one in (layer, *containers))
         return bool(self.match(layer))
 
     def get_config(self) -> dict[str, Any]:
@@ -156,7 +159,8 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             "A1W1-channel", "A4W1-128-2:4", "W4" (weights only). Bits are 1, 1.5 (ternary), 2 to 8
             or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`.
         weights: quantizer of kernels, or a bit width; replaces what `spec` says.
-        activations: quantizer of layer inputs, or a bit width; replaces what `spec` says.
+        activations: quantizer of layer inputs, or a bit width; replaces what `spec` says. None
+            leaves what `spec` says; for weights alone write "W4".
         matmuls: quantizer of products of two activations; not available yet.
         rules: `Rule` objects; the first that matches a layer decides.
 
@@ -202,13 +206,17 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         """The name Keras asks of a quantization config."""
         return "keras_rq"
 
-    def rule_for(self, layer: keras.layers.Layer) -> Rule | None:
-        """The first rule that matches `layer`."""
-        return next((rule for rule in self.rules if rule.matches(layer)), None)
+    def rule_for(
+        self, layer: keras.layers.Layer, containers: Sequence[keras.layers.Layer] = ()
+    ) -> Rule | None:
+        """The first rule that matches `layer`, which lies in `containers`."""
+        return next((rule for rule in self.rules if rule.matches(layer, containers)), None)
 
-    def resolve(self, layer: keras.layers.Layer) -> LayerQuantization:
+    def resolve(
+        self, layer: keras.layers.Layer, containers: Sequence[keras.layers.Layer] = ()
+    ) -> LayerQuantization:
         """The quantizers of `layer`; both None where the policy leaves it in float."""
-        rule = self.rule_for(layer)
+        rule = self.rule_for(layer, containers)
         if rule is None:
             return LayerQuantization(self.weights, self.activations)
         if rule.skip:
@@ -240,6 +248,11 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             f"QuantizationPolicy(weights={self.weights!r}, activations={self.activations!r}, "
             f"rules={list(self.rules)!r})"
         )
+
+
+def is_shorthand(text: str) -> bool:
+    """Whether a string has the form of a policy's shorthand (its numbers may still be wrong)."""
+    return _SHORTHAND.fullmatch(text) is not None
 
 
 def _parse_shorthand(spec: str) -> LayerQuantization:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_rq.export import litert, signatures
 from keras_rq.export.interpreter import IntegerKernel, integer_kernels
@@ -115,7 +117,7 @@ def export(
     ```
     """
     path = check_destination(path)
-    _check_arguments(model, path, format, rtol)
+    _check_arguments(model, path, format, optimize, rtol)
     specs = signatures.input_specs(model, inputs, batch_size)
     built = litert.build(model, specs, optimize)
     if inputs is None:
@@ -133,7 +135,9 @@ def export(
     return result
 
 
-def _check_arguments(model: Any, path: Path, format: str | None, rtol: float) -> None:
+def _check_arguments(
+    model: Any, path: Path, format: str | None, optimize: str, rtol: float
+) -> None:
     if not isinstance(model, keras.Model):
         raise TypeError(f"`model` must be a Keras model. Received: {model!r}")
     if not model.built:
@@ -147,8 +151,13 @@ def _check_arguments(model: Any, path: Path, format: str | None, rtol: float) ->
             "`format` must be 'litert', or the path must end in .tflite. "
             f"Received: format={format!r}, path={str(path)!r}"
         )
+    if optimize not in ("size", "latency"):
+        raise ValueError(f"`optimize` must be 'size' or 'latency'. Received: optimize={optimize!r}")
     if not (isinstance(rtol, (int, float)) and rtol >= 0):
         raise ValueError(f"`rtol` must be a number >= 0. Received: rtol={rtol!r}")
+    for variable in model.variables:
+        if "float" in variable.dtype and not np.isfinite(ops.convert_to_numpy(variable)).all():
+            raise ValueError(f"Variable {variable.path!r} holds values that are not finite.")
     for layer in model._flatten_layers():
         if getattr(layer, "compute_dtype", "float32") in ("float16", "bfloat16"):
             raise ValueError(

@@ -123,7 +123,6 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
             "optimize": optimize,
             "specs": signatures.to_json(specs),
             "modules": _modules_of(model),
-            "path": sys.path,
         }
         environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, "-m", "keras_rq.export.litert_child"]
@@ -136,8 +135,13 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
             check=False,
         )
         if child.returncode:
+            lines = [line for line in child.stderr.splitlines() if line.strip()] or ["no message"]
             raise ValueError(
-                f"Converting model {model.name!r} with TensorFlow failed:\n{child.stderr[-3000:]}"
+                f"Model {model.name!r} could not be converted by the TensorFlow process that "
+                f"exports from the {keras.backend.backend()!r} backend: {lines[-1]}\n"
+                "What the model uses of your own code (layers, activations, functions) must be "
+                "registered with Keras in a module that the process can import. Its last words:\n"
+                + "\n".join(lines[-12:])
             )
         products = json.loads(child.stdout.splitlines()[-1])
         parts = target.with_suffix(".parts").read_bytes()

@@ -292,7 +292,9 @@ class Lowering:
 
 
 def _whole(quantizer: Quantizer) -> str:
-    return "tensor" if quantizer.block_size == "tensor" else "channel"
+    """The block size of a depthwise convolution, which has no blocks within its channels."""
+    size = quantizer.blocks((0,), convolution=True).size
+    return "tensor" if size == "tensor" else "channel"
 
 
 def _corrected(

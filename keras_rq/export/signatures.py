@@ -41,19 +41,47 @@ def input_specs(model: keras.Model, inputs: Any, batch_size: int) -> Any:
         `InputSpec` objects in the same structure.
 
     Raises:
-        ValueError: if sizes are open and `inputs` is None, or if `batch_size` is not positive.
+        TypeError: if `inputs` holds anything but arrays.
+        ValueError: if `inputs` do not fit the model, if sizes are open and `inputs` is None, or if
+            `batch_size` is not positive.
     """
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(
             f"`batch_size` must be a positive integer. Received: batch_size={batch_size!r}"
         )
+    declared = list(getattr(model, "inputs", None) or [])
     structure = _declared(model) if inputs is None else inputs
-    names = _unique_names([getattr(leaf, "name", None) for leaf in _declared_leaves(model)])
     leaves = tree.flatten(structure)
-    if len(names) != len(leaves):
-        names = [f"input_{i}" for i in range(len(leaves))]
-    specs = [_spec(leaf, name, model, batch_size) for leaf, name in zip(leaves, names, strict=True)]
+    if inputs is not None:
+        _check_samples(inputs, leaves, declared, model)
+    names = _unique_names([getattr(leaf, "name", None) for leaf in declared or leaves])
+    # Where the model declares its inputs their dtypes count, not those of the samples.
+    dtypes = [leaf.dtype for leaf in declared or leaves]
+    specs = [
+        _spec(tuple(leaf.shape), dtype, name, model, batch_size)
+        for leaf, dtype, name in zip(leaves, dtypes, names, strict=True)
+    ]
     return tree.pack_sequence_as(structure, specs)
+
+
+def _check_samples(inputs: Any, arrays: list[Any], declared: list[Any], model: keras.Model) -> None:
+    if not all(hasattr(array, "shape") and hasattr(array, "dtype") for array in arrays):
+        raise TypeError(
+            "`inputs` must hold arrays, batch axis first, in the structure that the model takes. "
+            f"Received: {type(inputs).__name__}"
+        )
+    wanted = [tuple(leaf.shape) for leaf in declared]
+    shapes = [tuple(array.shape) for array in arrays]
+    fits = len(shapes) == len(wanted) and all(
+        len(shape) == len(want)
+        and all(b in (None, a) for a, b in zip(shape[1:], want[1:], strict=True))
+        for shape, want in zip(shapes, wanted, strict=True)
+    )
+    if declared and not fits:
+        raise ValueError(
+            f"`inputs` do not fit model {model.name!r}, which takes arrays of the shapes {wanted}. "
+            f"Received: {shapes}"
+        )
 
 
 def random_inputs(specs: Any, samples: int, model: keras.Model) -> Any:
@@ -130,19 +158,16 @@ def _declared(model: keras.Model) -> Any:
     return signature[0] if len(signature) == 1 else list(signature)
 
 
-def _declared_leaves(model: keras.Model) -> list[Any]:
-    return list(getattr(model, "inputs", None) or [])
-
-
-def _spec(leaf: Any, name: str, model: keras.Model, batch_size: int) -> InputSpec:
-    shape = tuple(leaf.shape)[1:]
-    if any(size is None for size in shape):
+def _spec(
+    shape: tuple[int | None, ...], dtype: Any, name: str, model: keras.Model, batch_size: int
+) -> InputSpec:
+    if any(size is None for size in shape[1:]):
         raise ValueError(
-            f"Input {name!r} of model {model.name!r} has the open shape {tuple(leaf.shape)}; a "
-            "LiteRT file needs fixed sizes. Pass `inputs=`, sample arrays of the size wanted."
+            f"Input {name!r} of model {model.name!r} has the open shape {shape}; a LiteRT file "
+            "needs fixed sizes. Pass `inputs=`, sample arrays of the size wanted."
         )
-    dtype = keras.backend.standardize_dtype(leaf.dtype)
-    return InputSpec((batch_size, *shape), "float32" if dtype == "float64" else dtype, name)
+    dtype = keras.backend.standardize_dtype(dtype)
+    return InputSpec((batch_size, *shape[1:]), "float32" if dtype == "float64" else dtype, name)
 
 
 def _unique_names(names: Sequence[str | None]) -> list[str]:

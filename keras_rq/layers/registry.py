@@ -45,6 +45,4 @@ def products_of(layer: keras.layers.Layer) -> dict[str, Any]:
 
 def owns_weights(layer: keras.layers.Layer) -> bool:
     """Whether a report has a row for a layer: it has weights that are not its children's."""
-    return bool(products_of(layer)) or bool(
-        layer._trainable_variables and not isinstance(layer, keras.Model)
-    )
+    return bool(products_of(layer) or layer._trainable_variables or layer._non_trainable_variables)

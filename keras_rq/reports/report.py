@@ -175,7 +175,8 @@ def _row(layer: keras.layers.Layer, reason: str | None) -> Row:
         for name, product in products_of(layer).items()
     ]
     elements = sum(kernel.size for kernel in kernels.values())
-    parameters = max(layer.count_params(), elements)
+    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    parameters = max(sum(math.prod(variable.shape) for variable in own), elements)
     stored = sum(cost.nbytes for cost in costs)
     pattern = quantization.weights.pattern if quantization.weights else None
     return Row(
@@ -214,7 +215,8 @@ def _kernel_cost(kernel: np.ndarray, quantizer: Quantizer | None, product: Produ
 
 def _decibels(costs: list[_Cost]) -> float | None:
     signal, noise = sum(c.signal for c in costs), sum(c.noise for c in costs)
-    return 10.0 * math.log10(signal / noise) if signal and noise else None
+    ratio = signal / noise if noise else 0.0
+    return 10.0 * math.log10(ratio) if 0.0 < ratio < math.inf else None  # None where NaN, too
 
 
 def _energy(

@@ -76,13 +76,15 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
     _check_arguments(model, policy, filters)
     layers = model._flatten_layers()
     _check_state(model, layers)
-    plan, used = Plan(), set()
+    plan, used, containers_of = Plan(), set(), _containers(model)
     for layer in layers:
         if not owns_weights(layer):
             continue
-        used.add(id(policy.rule_for(layer)))
-        quantization = policy.resolve(layer)
-        reason = _reason_for_float(layer, quantization, policy, filters)
+        around = containers_of.get(id(layer), [])
+        rule = policy.rule_for(layer, around)
+        used.add(id(rule))
+        quantization = policy.resolve(layer, around)
+        reason = _reason_for_float(layer, quantization, rule, filters)
         if reason is not None:
             plan.kept.append((layer, reason))
         else:
@@ -92,10 +94,19 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
     return plan
 
 
+def _containers(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:
+    """The layers around each layer, the model itself left out, by the id of the inner one."""
+    found: dict[int, list[keras.layers.Layer]] = {}
+    for outer in model._flatten_layers(include_self=False):
+        for inner in outer._flatten_layers(include_self=False):
+            found.setdefault(id(inner), []).append(outer)
+    return found
+
+
 def _reason_for_float(
     layer: keras.layers.Layer,
     quantization: LayerQuantization,
-    policy: QuantizationPolicy,
+    rule: Rule | None,
     filters: Filters,
 ) -> str | None:
     if quantized_class(type(layer)) is None:
@@ -103,7 +114,7 @@ def _reason_for_float(
     if not _passes(layer, filters):
         return "excluded by `filters`"
     if quantization.weights is None and quantization.activations is None:
-        return f"{policy.rule_for(layer) or 'the policy'} leaves it in float"
+        return f"{rule or 'the policy'} leaves it in float"
     if isinstance(layer, keras.layers.Embedding) and quantization.weights is None:
         return "the policy quantizes activations only, and an Embedding has none"
     return None
@@ -141,6 +152,15 @@ def _check_arguments(model: object, policy: object, filters: object) -> None:
             "`filters` must be a regular expression, a list of them, or a callable that takes a "
             f"layer. Received: {filters!r}"
         )
+    if callable(filters):
+        return
+    for pattern in [filters] if isinstance(filters, str) else filters or ():
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"`filters` holds no regular expression: {pattern!r} ({error})."
+            ) from None
 
 
 def _check_state(model: keras.layers.Layer, layers: list[keras.layers.Layer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import keras
@@ -38,19 +39,26 @@ BRANCHES = {
     "lookup": lambda i: layers.Embedding(9, 12, name="lookup")(i["index"]),
 }
 
-# Those that become an integer product of XNNPACK.
-INTEGER = ("dense", "relu", "tokens", "einsum", "contracted", "conv1d", "conv2d", "dilated")
+# Those that become an integer product of XNNPACK, the pointwise half of "separable" included.
+INTEGER = {
+    *("dense", "relu", "tokens", "einsum", "contracted"),
+    *("conv1d", "conv2d", "dilated", "separable"),
+}
+
+# One of each way in which a product is lowered, and the settings that are tried on all of them.
+FEW = ("dense", "tokens", "contracted", "conv2d", "depthwise", "transposed", "lookup")
+THOROUGH = ("A8W8", "A4W1", "A1.5W1.5", "rotated")
 
 SHAPES = {"flat": (70,), "series": (6, 12), "image": (6, 6, 8), "index": (4,)}
 
 
-def branches() -> keras.Model:
-    """Every kind of layer directly behind an input, each with an output of its own."""
+def branches(names: Collection[str] = tuple(BRANCHES)) -> keras.Model:
+    """Layers directly behind an input, each with an output of its own."""
     inputs = {
         name: keras.Input(shape, dtype="int32" if name == "index" else "float32", name=name)
         for name, shape in SHAPES.items()
     }
-    outputs = {name: make(inputs) for name, make in BRANCHES.items()}
+    outputs = {name: BRANCHES[name](inputs) for name in names}
     model = keras.Model(inputs, outputs, name="branches")
     for layer in model.layers:
         if getattr(layer, "bias", None) is not None:

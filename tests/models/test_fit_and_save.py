@@ -9,7 +9,6 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from gradients import BACKEND
 from zoo import MAKERS, Member, nested, subclassed
 
 import keras_rq as rq
@@ -39,7 +38,7 @@ class Journey:
         self.float_names = [v.path for v in self.member.model.weights]
         self.report = self.member.model.quantize(A4W1, verbose=False)
         before = arrays(self.member.model.trainable_variables)
-        self.member.compile(jit_compile=BACKEND == "jax")  # see test_compiled.py
+        self.member.compile()
         self.losses = self.member.fit(epochs=20)
         after = arrays(self.member.model.trainable_variables)
         self.moved = [bool(np.any(a != b)) for a, b in zip(before, after, strict=True)]
@@ -49,11 +48,7 @@ class Journey:
         self.loaded = keras.saving.load_model(self.path)
 
 
-# One worker makes each journey.
-GROUPS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MAKERS]
-
-
-@pytest.fixture(scope="module", params=GROUPS)
+@pytest.fixture(scope="module", params=MAKERS)
 def journey(request: Any, tmp_path_factory: Any) -> Iterator[Journey]:
     yield Journey(request.param, tmp_path_factory.mktemp("saved"))
 
@@ -195,7 +190,9 @@ def test_frozen_layers_stay_as_they_are(tmp_path: Path):
 def test_fit_quantize_fit_keeps_the_optimizer():
     member = nested()
     member.model.compile(
-        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, 100)), "mse"
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(1e-2, 100)),
+        "mse",
+        jit_compile=keras.backend.backend() == "jax",
     )
     member.fit(epochs=2)
     state = arrays(member.model.optimizer.variables)

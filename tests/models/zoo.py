@@ -25,8 +25,9 @@ class Member(NamedTuple):
         )
         return history.history["loss"]
 
-    def compile(self, **arguments: Any) -> None:
-        self.model.compile(keras.optimizers.Adam(2e-2), "mse", **arguments)
+    def compile(self, jit_compile: bool = keras.backend.backend() == "jax") -> None:
+        """Compiled steps take long to make: see test_compiled.py."""
+        self.model.compile(keras.optimizers.Adam(2e-2), "mse", jit_compile=jit_compile)
 
 
 def _numbers(*shape: int) -> np.ndarray:

@@ -31,7 +31,7 @@ class Pass(NamedTuple):
 
 def run(backend: str, workers: int, extra: list[str]) -> Pass:
     """Runs pytest under `backend`, shows its output, and keeps its summary line."""
-    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadgroup", *extra]
+    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *extra]
     environment = {**os.environ, "KERAS_BACKEND": backend}
     # Workers share the cores; a thread pool as wide as the machine in each would make them fight.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))

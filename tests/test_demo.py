@@ -13,7 +13,7 @@ from keras_rq.demo import digits, files, methods, table, training
 from keras_rq.demo.results import Results, Row
 
 # One process runs the demo for all tests here, and compiles seven models to do so.
-pytestmark = [pytest.mark.xdist_group("demo"), pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

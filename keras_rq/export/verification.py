@@ -10,7 +10,9 @@ decides on which side of a rounding tie an activation falls. That one code then 
 and the output by far more than float32 rounding, in the exported file exactly as between two
 backends or two devices. How much the model itself moves when its activations move by a last bit is
 measured, batch by batch, and the file may differ by twice that: at most by twice the largest
-change, and in the median by twice the median one.
+change, and in the median by twice the median one. On a backend other than TensorFlow kernels are
+quantized once more by the process that converts them; a tie among the weights shows in every
+sample, and only the first of the two bounds holds.
 """
 
 from __future__ import annotations
@@ -111,7 +113,7 @@ def verify(
         len(batches) * batch, max(gaps), float(np.median(gaps)), float(own.max()), part, magnitude
     )
     # The largest difference may come from a rounding tie; the median must not be that large.
-    typical = rtol + 2 * float(np.median(own))
+    typical = rtol + 2 * float(np.median(own) if _same_kernels() else own.max())
     if not (result.difference <= rtol + 2 * own.max() and result.median_difference <= typical):
         raise ExportMismatch(
             f"The exported file does not match the model: over {result.samples} samples its output "
@@ -135,7 +137,8 @@ def _check_parts(model: keras.Model, run_parts: Run, batches: list[Any], rtol: f
         gaps = [_gap([c.y], [ys[position]]) / largest for c, ys in zip(same, received, strict=True)]
         accepted = max(rtol, first.terms * _ROUNDING)
         tie = 2 * max(call.own_gap for call in same) / largest
-        if not (np.median(gaps) <= accepted and max(gaps) <= accepted + tie):
+        typical = accepted if _same_kernels() else accepted + tie
+        if not (np.median(gaps) <= typical and max(gaps) <= accepted + tie):
             raise ExportMismatch(
                 f"Layer {first.label} does not survive the export: run by itself in LiteRT its "
                 f"product differs by {max(gaps):.2g} of its largest output (median "
@@ -156,6 +159,15 @@ class _Observed:
     y: np.ndarray
     terms: int
     own_gap: float
+
+
+def _same_kernels() -> bool:
+    """Whether the file's kernels were quantized by the arithmetic that the model runs on.
+
+    From another backend a TensorFlow process quantizes them anew, and a weight that falls on a
+    rounding tie there differs by a step in every sample alike.
+    """
+    return keras.backend.backend() == "tensorflow"
 
 
 def _observe_calls(model: keras.Model, batch: Any) -> list[_Observed]:

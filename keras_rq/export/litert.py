@@ -6,7 +6,6 @@ travels as a .keras file; the result is compared with the user's own model all t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
@@ -23,7 +22,7 @@ import numpy as np
 from keras_rq.export import interpreter, signatures
 from keras_rq.export._litert_graph import IntegerGraph, convert
 from keras_rq.export.lowering import Call, Lowered, Lowering
-from keras_rq.layers.base import QuantizedLayer, lowered_by
+from keras_rq.layers.base import all_lowered_by
 
 _OWN_PACKAGES = ("keras", "keras_rq")
 
@@ -79,10 +78,7 @@ def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
         return tuple(signatures.flatten(outputs))
 
     signature = [tf.TensorSpec(spec.shape, spec.dtype, name=spec.name) for spec in flat]
-    with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
-            if isinstance(layer, QuantizedLayer):
-                stack.enter_context(lowered_by(layer, Lowering(graph, layer, calls)))
+    with all_lowered_by(model, lambda layer: Lowering(graph, layer, calls)):
         content = _convert(serve, signature, graph)
     parts = _build_parts(calls, optimize) if calls else b""
     return LiteRTFile(content, parts, tuple(call.lowered for call in calls))

@@ -17,7 +17,6 @@ sample, and only the first of the two bounds holds.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import tempfile
@@ -31,7 +30,7 @@ import numpy as np
 from keras import ops
 
 from keras_rq.export import signatures
-from keras_rq.layers.base import QuantizedLayer, lowered_by
+from keras_rq.layers.base import QuantizedLayer, all_lowered_by
 
 # What float32 dot products of a few hundred terms are uncertain by, relative to the largest value.
 _LAST_BITS = 2.0**-21
@@ -192,7 +191,7 @@ def _observe_calls(model: keras.Model, batch: Any) -> list[_Observed]:
 
         return observe
 
-    with _standing_in(model, observer):
+    with all_lowered_by(model, observer):
         _outputs(model, batch)
     return calls
 
@@ -215,19 +214,8 @@ def _own_gaps(model: keras.Model, batch: Any, expected: list[np.ndarray]) -> lis
 
         return disturb
 
-    with _standing_in(model, disturber):
+    with all_lowered_by(model, disturber):
         return [_gap(expected, _outputs(model, batch)) for _ in range(_DRAWS)]
-
-
-@contextlib.contextmanager
-def _standing_in(
-    model: keras.Model, make: Callable[[QuantizedLayer], Callable[..., Any]]
-) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
-            if isinstance(layer, QuantizedLayer):
-                stack.enter_context(lowered_by(layer, make(layer)))
-        yield
 
 
 def _batches(inputs: Any, batch: int) -> Iterator[Any]:

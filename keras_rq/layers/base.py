@@ -7,7 +7,7 @@ and no others, so optimizer states, checkpoints and parameter counts are those o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
@@ -105,3 +105,16 @@ def lowered_by(
         yield
     finally:
         del layer.__dict__["_rq_lowered"]
+
+
+@contextmanager
+def all_lowered_by(
+    model: keras.layers.Layer,
+    make: Callable[[QuantizedLayer], Callable[[str, Product, Any], Any]],
+) -> Iterator[None]:
+    """Lets `make(layer)` stand in for the products of every quantized layer of a model."""
+    with ExitStack() as stack:
+        for layer in model._flatten_layers():
+            if is_quantized(layer):
+                stack.enter_context(lowered_by(layer, make(layer)))
+        yield

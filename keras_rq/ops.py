@@ -136,25 +136,27 @@ def affine_matmul(x: QuantizedTensor, w: QuantizedTensor) -> Any:
     True
     """
     _check_operands(x, w)
-    length, columns = w.shape
+    length = w.shape[0]
     blocks_x, blocks_w = x.scale.shape[-1], w.scale.shape[0]
     blocks = max(blocks_x, blocks_w)
     size = getattr(x.view if blocks_x >= blocks_w else w.view, "block", length)
     cx, cw = _split_codes(x.codes, -1, blocks, size), _split_codes(w.codes, 0, blocks, size)
-    product = ops.einsum("...bk,bkn->...bn", cx, cw)  # int8 operands, int32 accumulator
-    counts = np.minimum(size, length - size * np.arange(blocks, dtype="int32"))[:, None]
-    lead = [1] * (len(x.shape) - 1)
-    terms = theorem1(
-        product,
-        ops.sum(ops.cast(cx, "int32"), axis=-1, keepdims=True),
-        ops.reshape(ops.sum(ops.cast(cw, "int32"), axis=1), [*lead, blocks, columns]),
-        ops.convert_to_tensor(counts.astype("int32")),
-        ops.expand_dims(x.scale, -1),
-        ops.expand_dims(x.offset, -1),
-        ops.reshape(w.scale, [*lead, blocks_w, w.scale.shape[1]]),
-        ops.reshape(w.offset, [*lead, blocks_w, w.scale.shape[1]]),
-    )
-    return ops.sum(terms, axis=-2)
+    total = None
+    for b in range(blocks):
+        count = min(size, length - size * b)
+        of_x, of_w = (b if n > 1 else 0 for n in (blocks_x, blocks_w))
+        term = theorem1(
+            ops.matmul(cx[..., b, :], cw[b]),  # int8 operands, int32 accumulator
+            ops.sum(ops.cast(cx[..., b, :], "int32"), axis=-1, keepdims=True),
+            ops.sum(ops.cast(cw[b], "int32"), axis=0),
+            ops.convert_to_tensor(np.int32(count)),
+            x.scale[..., of_x, None],
+            x.offset[..., of_x, None],
+            w.scale[of_w],
+            w.offset[of_w],
+        )
+        total = term if total is None else total + term
+    return total
 
 
 # XLA's GPU kernels multiply int8 wrongly where the contraction is no multiple of 8 (jaxlib 0.11.2,

@@ -23,7 +23,9 @@ _GRAMMAR = (
     "A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>], for example 'A4W1', 'A1W1-channel', "
     "'A4W1-128-2:4' or 'W4' (weights only); bits are 1, 1.5 (ternary), 2 to 8 or fp4"
 )
-_VERSION = 1
+_VERSION = 2
+# Fields that later versions added, with what their absence meant.
+_ADDED = {1: {"forward": None}}
 
 
 @dataclass(frozen=True)
@@ -33,22 +35,27 @@ class LayerQuantization:
     Attributes:
         weights: quantizer of the layer's kernels.
         activations: quantizer of the layer's inputs.
+        forward: None, or "int8": the forward product runs on integers (see `QuantizationPolicy`).
     """
 
     weights: Quantizer | None
     activations: Quantizer | None
+    forward: str | None = None
 
     def get_config(self) -> dict[str, Any]:
         return {
             "version": _VERSION,
             "weights": _serialize(self.weights),
             "activations": _serialize(self.activations),
+            "forward": self.forward,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LayerQuantization:
-        fields = _checked_fields(config, "a layer's quantization", ("weights", "activations"))
-        return cls(**{name: _deserialize(value) for name, value in fields.items()})
+        names = ("weights", "activations", "forward")
+        fields = _checked_fields(config, "a layer's quantization", names)
+        forward = _check_forward(fields.pop("forward"))
+        return cls(**{name: _deserialize(value) for name, value in fields.items()}, forward=forward)
 
 
 class Rule:
@@ -163,6 +170,10 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             leaves what `spec` says; for weights alone write "W4".
         matmuls: quantizer of products of two activations; not available yet.
         rules: `Rule` objects; the first that matches a layer decides.
+        forward: how products are computed while training. None: in float, from dequantized
+            operands. "int8": on the integer units, from codes of up to 8 bits (Theorem 1 of
+            arXiv 2409.09245); gradients are the same, the outputs equal up to rounding.
+            `Dense` layers have such a product, and others are named in a warning.
 
     Raises:
         TypeError, ValueError: name the argument, the value received and what is accepted.
@@ -183,7 +194,9 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         activations: Any = None,
         matmuls: Any = None,
         rules: Sequence[Rule] = (),
+        forward: str | None = None,
     ) -> None:
+        self.forward = _check_forward(forward)
         parsed = LayerQuantization(None, None) if spec is None else _parse_shorthand(spec)
         self.weights = parsed.weights if weights is None else quantizers.get(weights)
         self.activations = (
@@ -218,12 +231,13 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         """The quantizers of `layer`; both None where the policy leaves it in float."""
         rule = self.rule_for(layer, containers)
         if rule is None:
-            return LayerQuantization(self.weights, self.activations)
+            return LayerQuantization(self.weights, self.activations, self.forward)
         if rule.skip:
             return LayerQuantization(None, None)
         return LayerQuantization(
             self.weights if rule.weights is ... else rule.weights,
             self.activations if rule.activations is ... else rule.activations,
+            self.forward,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -232,21 +246,24 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             "weights": _serialize(self.weights),
             "activations": _serialize(self.activations),
             "rules": [rule.get_config() for rule in self.rules],
+            "forward": self.forward,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationPolicy:
-        fields = _checked_fields(config, "a policy", ("weights", "activations", "rules"))
+        names = ("weights", "activations", "rules", "forward")
+        fields = _checked_fields(config, "a policy", names)
         return cls(
             weights=_deserialize(fields["weights"]),
             activations=_deserialize(fields["activations"]),
             rules=[Rule.from_config(rule) for rule in fields["rules"]],
+            forward=fields["forward"],
         )
 
     def __repr__(self) -> str:
         return (
             f"QuantizationPolicy(weights={self.weights!r}, activations={self.activations!r}, "
-            f"rules={list(self.rules)!r})"
+            f"rules={list(self.rules)!r}, forward={self.forward!r})"
         )
 
 
@@ -298,6 +315,12 @@ def _check_match(match: Any) -> Any:
     )
 
 
+def _check_forward(forward: Any) -> str | None:
+    if forward is not None and (not isinstance(forward, str) or forward != "int8"):
+        raise ValueError(f"`forward` must be None or 'int8'. Received: forward={forward!r}")
+    return forward
+
+
 def _refuse_matmuls(matmuls: Any) -> None:
     if matmuls is not None:
         raise ValueError(
@@ -329,8 +352,11 @@ def _deserialize(config: Any) -> Any:
 
 
 def _checked_fields(config: Any, what: str, names: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(config, dict) or config.get("version") != _VERSION:
-        version = config.get("version") if isinstance(config, dict) else config
+    version = config.get("version") if isinstance(config, dict) else config
+    if version in _ADDED:
+        added = {name: value for name, value in _ADDED[version].items() if name in names}
+        config, version = {**added, **config}, _VERSION
+    if version != _VERSION:
         raise ValueError(
             f"The saved form of {what} must have version {_VERSION}. Received: version={version!r}."
             " It was written by another release of keras_rq."

@@ -20,6 +20,16 @@ def _active():
 
 
 _backend = _active()
+call_in_graph = _backend.call_in_graph
+make_known = _backend.make_known
+where_traced = _backend.where_traced
+product_with_gradient = _backend.product_with_gradient
 with_gradient = _backend.with_gradient
 
-__all__ = ["with_gradient"]
+__all__ = [
+    "call_in_graph",
+    "make_known",
+    "product_with_gradient",
+    "where_traced",
+    "with_gradient",
+]

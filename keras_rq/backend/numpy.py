@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from keras_rq.backend.rule import GradientRule
+from keras_rq.backend.in_graph import call_in_graph as call_in_graph
+from keras_rq.backend.in_graph import make_known as make_known
+from keras_rq.backend.rule import Forward, GradientRule
 
 
 def with_gradient(rule: GradientRule, x: Any) -> Any:
     """Applies the forward half of `rule` to `x`; see `keras_rq.backend.rule`."""
     return rule.forward(x)[0]
+
+
+def product_with_gradient(
+    rule: GradientRule,
+    x: Any,
+    kernel: Any,
+    product: Callable[[Any, Any], Any],
+    otherwise: Forward | None = None,
+) -> Any:
+    """`product(rule(x), kernel)`, or `otherwise`."""
+    if otherwise is not None:
+        return otherwise(x, *otherwise.constants)
+    return product(with_gradient(rule, x), kernel)
+
+
+def where_traced() -> Any:
+    """Equal at two places whose tensors may be used for each other; None: nowhere else."""
+    return "eager"

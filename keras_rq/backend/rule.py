@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 
 class GradientRule(Protocol):
@@ -11,10 +11,35 @@ class GradientRule(Protocol):
 
     A backend keeps `x` and the statistics between the two passes and nothing else, so what the
     backward pass needs of the size of `x` it computes again.
+
+    Attributes:
+        tiling: `(outer, block, inner)`, the shape in which `x` is independent blocks along the
+            middle axis; None if it is not. A backend may then run the passes tile by tile.
     """
+
+    tiling: tuple[int, int, int] | None
 
     def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:
         """Returns the output, shaped like `x`, and a sequence of small tensors."""
 
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
         """Returns the gradient to `x`, in its dtype, from the gradient to the output."""
+
+    def again(self, x: Any, statistics: Sequence[Any]) -> Any:
+        """Returns the output of `forward` once more."""
+
+    def on_view(self, view: Any) -> Self:
+        """The rule for a tile of whole blocks, whose `view` is a `numerics.blocks.TileView`."""
+
+
+class Forward(Protocol):
+    """Another way to compute a product forward, with the gradient of the product itself.
+
+    Attributes:
+        constants: tensors that it needs besides the data; no gradient flows to them.
+    """
+
+    constants: tuple[Any, ...]
+
+    def __call__(self, x: Any, *constants: Any) -> Any:
+        """The product of the data and the constants."""

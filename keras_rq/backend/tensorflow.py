@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
-from keras_rq.backend.rule import GradientRule
+from keras_rq.backend.in_graph import call_in_graph as call_in_graph
+from keras_rq.backend.in_graph import make_known as make_known
+from keras_rq.backend.rule import Forward, GradientRule
 
 
 def with_gradient(rule: GradientRule, x: Any) -> Any:
@@ -19,3 +22,40 @@ def with_gradient(rule: GradientRule, x: Any) -> Any:
         return y, lambda upstream: rule.backward(x, statistics, upstream)
 
     return apply(tf.convert_to_tensor(x))
+
+
+def product_with_gradient(
+    rule: GradientRule,
+    x: Any,
+    kernel: Any,
+    product: Callable[[Any, Any], Any],
+    otherwise: Forward | None = None,
+) -> Any:
+    """`product(rule(x), kernel)`, linear in both: keeps `x` and not the output of the rule.
+
+    The forward pass is `otherwise`, where there is one.
+    """
+
+    @tf.custom_gradient
+    def apply(x: Any, kernel: Any) -> Any:
+        y, statistics = rule.forward(tf.stop_gradient(x))
+
+        def backward(upstream: Any) -> tuple[Any, Any]:
+            again = rule.again(x, statistics)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch((again, kernel))
+                # Nobody reads this output, so that a graph drops the product and keeps its slopes.
+                output = product(again, kernel)
+            to_y, to_kernel = tape.gradient(output, (again, kernel), upstream)
+            return rule.backward(x, statistics, to_y), to_kernel
+
+        if otherwise is not None:
+            return otherwise(tf.stop_gradient(x), *otherwise.constants), backward
+        return product(y, tf.stop_gradient(kernel)), backward
+
+    return apply(tf.convert_to_tensor(x), tf.convert_to_tensor(kernel))
+
+
+def where_traced() -> Any:
+    """Equal at two places whose tensors may be used for each other; None: nowhere else."""
+    return "eager" if tf.executing_eagerly() else tf.compat.v1.get_default_graph()

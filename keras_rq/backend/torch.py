@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+import contextvars
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from keras_rq.backend.rule import GradientRule
+from keras_rq.backend.inductor import fused
+from keras_rq.backend.rule import Forward, GradientRule
+
+_IN_GRAPH: contextvars.ContextVar[bool] = contextvars.ContextVar("in_graph", default=False)
+_OWNERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def call_in_graph(
+    owner: Any, method: str, x: torch.Tensor, parameter: torch.Tensor, name: str
+) -> torch.Tensor:
+    """`owner.method(x, parameter, name)`, which `torch.compile` runs instead of reading it.
+
+    Its reader of Python would break the graph at many lines of a rule. Run on placeholders, as
+    JAX traces, the method leaves its array operations in the graph and nothing else.
+    """
+    if not torch.compiler.is_compiling():
+        return getattr(owner, method)(x, parameter, name)
+    return _traced_by_running(x, parameter, owner.__dict__["_rq_number"], method, name)
+
+
+def make_known(owner: Any) -> None:
+    """Lets `call_in_graph` find the owner by a number, which a graph can hold."""
+    number = owner.__dict__["_rq_number"] = id(owner)
+    _OWNERS[number] = owner
+
+
+@torch.compiler.allow_in_graph
+def _traced_by_running(
+    x: torch.Tensor, parameter: torch.Tensor, number: int, method: str, name: str
+) -> torch.Tensor:
+    token = _IN_GRAPH.set(True)
+    try:
+        return getattr(_OWNERS[number], method)(x, parameter, name)
+    finally:
+        _IN_GRAPH.reset(token)
 
 
 class _Ruled(torch.autograd.Function):
@@ -33,4 +70,77 @@ class _Ruled(torch.autograd.Function):
 
 def with_gradient(rule: GradientRule, x: torch.Tensor) -> torch.Tensor:
     """Applies `rule` to `x`; see `keras_rq.backend.rule`."""
+    rule = rule if _IN_GRAPH.get() else fused(rule, x)
     return _Ruled.apply(x, rule)[0]
+
+
+def product_with_gradient(
+    rule: GradientRule,
+    x: torch.Tensor,
+    kernel: torch.Tensor,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    otherwise: Forward | None = None,
+) -> torch.Tensor:
+    """`product(rule(x), kernel)`: keeps `x` and not the output of the rule.
+
+    The forward pass is `otherwise`, where there is one.
+    """
+    rule = rule if _IN_GRAPH.get() else fused(rule, x)
+    if otherwise is not None:
+        return _Product.apply(x, kernel, rule, product, otherwise)
+    y, *statistics = _Ruled.apply(x, rule)
+    # A compiler decides by itself what to keep and what to make again.
+    if _IN_GRAPH.get() or not y.requires_grad:
+        return product(y, kernel)
+    kept = _Remade(rule, x.detach(), statistics, y)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+        return product(y, kernel)
+
+
+class _Product(torch.autograd.Function):
+    """A product whose forward pass is computed by other means."""
+
+    @staticmethod
+    def forward(
+        x: torch.Tensor, kernel: torch.Tensor, rule: Any, product: Any, otherwise: Any
+    ) -> torch.Tensor:
+        return otherwise(x, *otherwise.constants)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        x, kernel, ctx.rule, ctx.product, _ = inputs
+        ctx.save_for_backward(x, kernel)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[Any, ...]:
+        x, kernel = ctx.saved_tensors
+        y, statistics = ctx.rule.forward(x)
+        to_y, to_kernel = torch.func.vjp(ctx.product, y, kernel)[1](upstream)
+        return ctx.rule.backward(x, statistics, to_y), to_kernel, None, None, None
+
+
+class _Remade:
+    """Stands for the output of a rule, and views of it, between forward and backward pass."""
+
+    def __init__(
+        self, rule: GradientRule, x: torch.Tensor, statistics: list[Any], y: torch.Tensor
+    ) -> None:
+        self.rule, self.x, self.statistics = rule, x, statistics
+        self.address = y.untyped_storage().data_ptr()
+
+    def pack(self, saved: torch.Tensor) -> Any:
+        if saved.untyped_storage().data_ptr() != self.address:
+            return saved
+        return saved.size(), saved.stride(), saved.storage_offset()
+
+    def unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        with torch.no_grad():
+            return self.rule.again(self.x, self.statistics).as_strided(*packed)
+
+
+def where_traced() -> Any:
+    """Equal at two places whose tensors may be used for each other; None: nowhere else."""
+    is_compiling = _IN_GRAPH.get() or torch.compiler.is_compiling()
+    return None if is_compiling else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())

@@ -175,11 +175,11 @@ def _observe_calls(model: keras.Model, batch: Any) -> list[_Observed]:
 
     def observer(layer: QuantizedLayer) -> Callable[..., Any]:
         def observe(name: str, product: Any, x: Any) -> Any:
-            y = layer.multiply_quantized(name, product, x)
+            y = layer.multiply_quantized(name, x)
             arrays = ops.convert_to_numpy(x), ops.convert_to_numpy(y)
             moved = [
                 ops.convert_to_numpy(
-                    layer.multiply_quantized(name, product, _disturbed(product, x, generator))
+                    layer.multiply_quantized(name, _disturbed(product, x, generator))
                 )
                 for _ in range(_DRAWS)
             ]
@@ -210,7 +210,7 @@ def _own_gaps(model: keras.Model, batch: Any, expected: list[np.ndarray]) -> lis
 
     def disturber(layer: QuantizedLayer) -> Callable[..., Any]:
         def disturb(name: str, product: Any, x: Any) -> Any:
-            return layer.multiply_quantized(name, product, _disturbed(product, x, generator))
+            return layer.multiply_quantized(name, _disturbed(product, x, generator))
 
         return disturb
 

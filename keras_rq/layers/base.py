@@ -6,14 +6,17 @@ and no others, so optimizer states, checkpoints and parameter counts are those o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import keras
 from keras import ops
 from keras.src.backend import AutocastScope
+from keras.src.backend.common import global_state
 
+from keras_rq import backend
+from keras_rq.layers.integer import IntegerForward, reason_for_float
 from keras_rq.layers.products import Product
 from keras_rq.policy import LayerQuantization
 
@@ -32,7 +35,12 @@ class QuantizedLayer:
         super().__init__(*args, **kwargs)
         if isinstance(quantization, dict):
             quantization = LayerQuantization.from_config(quantization)
+        self.take_quantization(quantization)
+
+    def take_quantization(self, quantization: LayerQuantization) -> None:
+        """Sets what the layer does with its operands."""
         self.quantization = quantization
+        backend.make_known(self)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "quantization": self.quantization.get_config()}
@@ -55,23 +63,35 @@ class QuantizedLayer:
         product = self.products()[name]
         if (lowered := self.lowered) is not None:
             return lowered(name, product, x)
-        return self.multiply_quantized(name, product, x)
+        return self.multiply_quantized(name, x)
 
-    def multiply_quantized(self, name: str, product: Product, x: Any) -> Any:
+    def multiply_quantized(self, name: str, x: Any) -> Any:
         """What `multiply` does when nothing stands in for it."""
-        quantization = self.quantization
-        weights, activations = quantization.weights, quantization.activations
-        kernel = self.float32_kernel(name)
+        x = ops.convert_to_tensor(x)
+        return backend.call_in_graph(self, "multiply_by", x, self.float32_kernel(name), name)
+
+    def multiply_by(self, x: Any, master: Any, name: str) -> Any:
+        """The product of an input and the float32 kernel `master`, called `name`."""
+        product = self.products()[name]
+        weights, activations = self.quantization.weights, self.quantization.activations
+        kernel = master
         # Rotated alike, the operands keep their product: no way back is needed.
         alike = bool(weights and activations and weights.rotation == activations.rotation)
         alike = alike and product.shares_rotation(x.shape, kernel.shape)
-        if activations is not None:
-            x = activations.fake_quantize(x, product.input_blocks(activations), unrotate=not alike)
         if weights is not None:
-            kernel = weights.fake_quantize(
-                kernel, product.kernel_blocks(weights), unrotate=not alike
+            blocks = product.kernel_blocks(weights)
+            kernel = once_per_call(
+                (id(self), name, alike),
+                lambda: weights.fake_quantize(master, blocks, unrotate=not alike),
             )
-        return product.apply(x, ops.cast(kernel, x.dtype))
+        kernel = ops.cast(kernel, x.dtype)
+        if activations is None:
+            return product.apply(x, kernel)
+        rule = activations.rule(x.shape, product.input_blocks(activations), unrotate=not alike)
+        forward = None
+        if self.quantization.forward == "int8" and not reason_for_float(product, self.quantization):
+            forward = IntegerForward.create(product, self.quantization, ops.stop_gradient(master))
+        return backend.product_with_gradient(rule, x, kernel, product.apply, forward)
 
     def float32_kernel(self, name: str) -> Any:
         """The master kernel: quantizers see it before any cast to the compute dtype."""
@@ -93,6 +113,26 @@ class QuantizedLayer:
 def is_quantized(layer: keras.layers.Layer) -> bool:
     """Whether keras_rq has quantized this layer."""
     return isinstance(layer, QuantizedLayer)
+
+
+def once_per_call(key: Hashable, make: Callable[[], Any]) -> Any:
+    """What `make` makes, once in a call of the outermost layer.
+
+    A layer that a model uses several times then quantizes its kernel once a step, and one gradient
+    comes back to it. Tensors of another trace (the body of a loop, say) are not used.
+    """
+    call = global_state.get_global_attribute("current_call_ctx")
+    place = backend.where_traced()
+    if call is None or place is None:
+        return make()
+    made = call.get_value("keras_rq_made")
+    if made is None:
+        made = {}
+        call.set_value("keras_rq_made", made)
+    known = made.get(key)
+    if known is None or known[0] != place:
+        known = made[key] = (place, make())
+    return known[1]
 
 
 @contextmanager

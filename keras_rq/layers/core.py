@@ -60,11 +60,11 @@ class QuantizedEmbedding(QuantizedLayer, keras.layers.Embedding):
             inputs = ops.cast(inputs, "int32")
         return ops.cast(self.multiply("embeddings", inputs), self.compute_dtype)
 
-    def multiply_quantized(self, name: str, product: Product, x: Any) -> Any:
-        table, quantizer = self.float32_kernel(name), self.quantization.weights
+    def multiply_by(self, x: Any, master: Any, name: str) -> Any:
+        product, quantizer = self.products()[name], self.quantization.weights
         if quantizer is None:
-            return product.apply(x, table)
+            return product.apply(x, master)
         blocks = product.kernel_blocks(quantizer)
         if blocks.size == "tensor" or isinstance(quantizer.pattern, Unstructured):
-            return product.apply(x, quantizer.fake_quantize(table, blocks))
-        return quantizer.fake_quantize(product.apply(x, table), blocks)
+            return product.apply(x, quantizer.fake_quantize(master, blocks))
+        return quantizer.fake_quantize(product.apply(x, master), blocks)

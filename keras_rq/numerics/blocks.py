@@ -141,8 +141,26 @@ class BlockView:
     shape: tuple[int | None, ...]
     reduced: tuple[int, ...]
 
+    @property
+    def split_shape(self) -> tuple[int | None, ...] | None:
+        """Shape of the split tensor; None if it holds padding."""
+        return self.shape
+
+    @property
+    def extents(self) -> tuple[int, int, int] | None:
+        """`(outer, block, inner)` if the split tensor, so reshaped, has its blocks on one axis.
+
+        None where blocks do not lie on neighbouring axes, hold padding or have an unknown size.
+        """
+        shape, first, last = self.split_shape, self.reduced[0], self.reduced[-1]
+        if shape is None or None in shape or len(self.reduced) != last - first + 1:
+            return None
+        parts = shape[:first], shape[first : last + 1], shape[last + 1 :]
+        outer, block, inner = (math.prod(part) for part in parts)
+        return outer, block, inner
+
     def split(self, x: Any) -> Any:
-        """The tensor with its blocks laid open."""
+        """The tensor with its blocks laid open; padding is zero."""
         return x
 
     def merge(self, values: Any) -> Any:
@@ -154,10 +172,18 @@ class BlockView:
         return values
 
     def mean(self, values: Any) -> Any:
+        return self.mean_of_present(self.present(values))
+
+    def mean_of_present(self, values: Any) -> Any:
+        """The mean of values that are zero where the split tensor holds padding."""
         for axis in reversed(self.reduced):
             if values.shape[axis] != 1:
                 values = _mean_along(values, axis)
         return values
+
+    def magnitude(self, values: Any) -> Any:
+        """The largest absolute value, of values that are zero in padding."""
+        return ops.max(ops.abs(values), axis=self.reduced, keepdims=True)
 
     def max(self, values: Any) -> Any:
         return ops.max(values, axis=self.reduced, keepdims=True)
@@ -165,9 +191,67 @@ class BlockView:
     def min(self, values: Any) -> Any:
         return ops.min(values, axis=self.reduced, keepdims=True)
 
+    def nearest(self, values: Any) -> Any:
+        """The nearest whole numbers, halves to even ones."""
+        return ops.round(values)
+
+    def pivot(self, values: Any) -> Any:
+        """A value of every block's own: statistics of differences from it lose fewer digits."""
+        return values[
+            tuple(
+                slice(0, 1) if axis in self.reduced else slice(None)
+                for axis in range(len(values.shape))
+            )
+        ]
+
     def statistic(self, values: Any) -> Any:
         """A statistic with one entry per block in place of the contraction axis."""
         return values
+
+
+@dataclass(frozen=True)
+class TileView(BlockView):
+    """Whole blocks in a kernel's registers, along one axis that is padded to a power of two.
+
+    Attributes:
+        length: elements of a block; what lies beyond on the axis is padding.
+    """
+
+    length: int = field(kw_only=True)
+
+    def _or(self, values: Any, absent: float) -> Any:
+        (axis,) = self.reduced
+        size = self.shape[axis]
+        if size == self.length:
+            return values
+        index = ops.arange(size, dtype="int32")
+        shape = [size if a == axis else 1 for a in range(len(self.shape))]
+        return ops.where(ops.reshape(index, shape) < self.length, values, absent)
+
+    def present(self, values: Any) -> Any:
+        return self._or(values, 0.0)
+
+    def mean_of_present(self, values: Any) -> Any:
+        total = ops.sum(values, axis=self.reduced, keepdims=True)
+        return total * float(np.float32(1.0) / np.float32(self.length))
+
+    def max(self, values: Any) -> Any:
+        return super().max(self._or(values, -np.inf))
+
+    def min(self, values: Any) -> Any:
+        return super().min(self._or(values, np.inf))
+
+    def nearest(self, values: Any) -> Any:
+        # Pallas has no rounding for GPU kernels. Adding 1.5 * 2^23 and subtracting it again would
+        # be shorter, but XLA takes that for nothing.
+        below = ops.floor(values)
+        rest = values - below
+        is_odd = below - 2.0 * ops.floor(0.5 * below)
+        is_tie_up = ops.logical_and(rest == 0.5, is_odd == 1.0)
+        return below + ops.where(ops.logical_or(rest > 0.5, is_tie_up), 1.0, 0.0)
+
+    def pivot(self, values: Any) -> Any:
+        return self.mean_of_present(values)  # at hand, where a single element is not
 
 
 def _mean_along(values: Any, axis: int) -> Any:
@@ -209,6 +293,14 @@ class _SplitView(BlockView):
     def _padding(self) -> int:
         return self.blocks * self.block - self.merged.length
 
+    @property
+    def split_shape(self) -> tuple[int | None, ...] | None:
+        if self._padding:
+            return None
+        kept = [self.shape[a] for a in self.merged._order if a not in self.merged.axes]
+        at = self.merged.position
+        return (*kept[:at], self.blocks, self.block, *kept[at:])
+
     def _on_axes(self, array: np.ndarray) -> np.ndarray:
         """A (blocks, block) array placed so that it broadcasts against the split tensor."""
         rank = len(self.shape) - len(self.merged.axes) + 2
@@ -244,8 +336,8 @@ class _SplitView(BlockView):
     def _or(self, values: Any, absent: float) -> Any:
         return ops.where(self._is_present, values, absent) if self._padding else values
 
-    def mean(self, values: Any) -> Any:
-        mean = super().mean(self.present(values))
+    def mean_of_present(self, values: Any) -> Any:
+        mean = super().mean_of_present(values)
         if not self._padding:
             return mean
         # Padding counted as zeros; the last block has fewer elements than the others.

@@ -77,43 +77,78 @@ def ridge_fit(values: Any, codes: Any, view: BlockView, affine: bool, ridge_lamb
     return Line(slope, value_mean - slope * code_mean, code_mean, value_mean)
 
 
-def ridge_gradient(
-    codes: Any,
-    noise: Any,
-    upstream: Any,
-    view: BlockView,
-    *,
-    affine: bool,
-    ridge_lambda: float,
-    ratio: Any,
-) -> Any:
+class RidgeFit(NamedTuple):
+    """The regression of positions `f(x)` onto codes, in units of the width of one code.
+
+    Its statistics are all that the backward pass needs of a block. One per block each, float32.
+
+    Attributes:
+        slope: `r = s / s_f`, the fitted scale over the width of one code.
+        moment: `D`, the variance of the codes (linear: their mean square) plus the penalty.
+        code_mean: mean code; None for a linear dequantizer.
+        noise_mean: mean noise, likewise.
+    """
+
+    slope: Any
+    moment: Any
+    code_mean: Any = None
+    noise_mean: Any = None
+
+
+def ridge_fit_noise(
+    codes: Any, noise: Any, view: BlockView, affine: bool, ridge_lambda: float
+) -> RidgeFit:
+    """Fits the dequantizer of every block from codes and their noise.
+
+    The same regression as `ridge_fit` of the positions `codes - noise`, from sums that need one
+    pass over the data: with `Cov(f(x), q) = Var(q) - Cov(delta, q)` the large terms are exact,
+    and what is rounded is of the size of the noise. Codes are counted from one of the block's
+    own (shifted data), so that a block of equal codes has a variance of exactly zero.
+
+    Args:
+        codes: float32 codes, split into blocks by `view`; 0 where the view holds padding.
+        noise: `delta = codes - f(x)`, with `f(x)` counted from the code 0.
+        view: the blocks.
+        affine: fit an offset too.
+        ridge_lambda: the mean-normalised penalty on the slope, >= 0, in squared code units.
+    """
+    noise, mean = view.present(noise), view.mean_of_present
+    if not affine:
+        square = mean(codes * codes)
+        moment = _denominator(square, ridge_lambda)
+        return RidgeFit((square - mean(noise * codes)) / moment, moment)
+    pivot = view.pivot(codes)
+    shifted = view.present(codes - pivot)
+    shift, noise_mean = mean(shifted), mean(noise)
+    variance = mean(shifted * shifted) - shift * shift
+    covariance = mean(noise * shifted) - noise_mean * shift
+    moment = _denominator(variance, ridge_lambda)
+    return RidgeFit((variance - covariance) / moment, moment, pivot + shift, noise_mean)
+
+
+def ridge_gradient(fit: RidgeFit, codes: Any, noise: Any, upstream: Any, view: BlockView) -> Any:
     """Gradient of the loss to the data, in closed form (module docstring).
 
     Args:
+        fit: what `ridge_fit_noise` found.
         codes: float32 codes, split into blocks by `view`; 0 where the view holds padding.
         noise: `delta = codes - f(x)`, likewise.
         upstream: float32 gradient to the dequantized data, likewise.
         view: the blocks.
-        affine: which of the two dequantizers.
-        ridge_lambda: its penalty.
-        ratio: `r = s / s_f`, its slope over the width of one code, one per block.
 
     Returns:
         float32, split into blocks.
     """
-    if not affine:
-        moment = _denominator(view.mean(codes * codes), ridge_lambda)
-        pull = view.mean(upstream * codes) / moment
-        return ratio * upstream + pull * (2 * (1 - ratio) * codes - noise)
-    codes = codes - view.mean(codes)
-    noise = noise - view.mean(noise)
-    upstream_mean = view.mean(upstream)
-    moment = _denominator(view.mean(codes * codes), ridge_lambda)
-    pull = view.mean(upstream * codes) / moment
+    if fit.code_mean is None:
+        pull = view.mean_of_present(upstream * codes) / fit.moment
+        return fit.slope * upstream + pull * (2 * (1 - fit.slope) * codes - noise)
+    codes, noise = codes - fit.code_mean, noise - fit.noise_mean
+    upstream_mean = view.mean_of_present(upstream)
+    pull = view.mean_of_present(upstream * codes) / fit.moment
     return (
         upstream_mean
-        + ratio * (upstream - upstream_mean)
-        + pull * (2 * (1 - ratio) * codes - noise)
+        + fit.slope * (upstream - upstream_mean)
+        + pull * (2 * (1 - fit.slope) * codes - noise)
     )
 
 

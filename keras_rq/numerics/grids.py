@@ -21,6 +21,7 @@ affine dequantizer, which fits offset and scale itself.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,21 +87,27 @@ class Grid:
     def affine(self) -> bool:
         return self.anchor != 0 or self.low == 0
 
-    def round(self, position: Any, within: bool = False) -> Any:
+    def round(
+        self,
+        position: Any,
+        within: bool = False,
+        nearest: Callable[[Any], Any] = ops.round,
+    ) -> Any:
         """Nearest code to each `position` (code units, measured from the anchor).
 
         Args:
             position: float32 tensor.
             within: whether no position lies beyond the outermost codes by more than rounding;
                 otherwise what does is clipped.
+            nearest: rounds to whole numbers, halves to even ones.
         """
         if self.bits == "fp4":
-            return _round_e2m1(position + self.anchor)
+            return _round_e2m1(position + self.anchor, nearest)
         if self.edge_step == 2:  # odd integers: halfway is an even integer, which goes up
             codes, shift = 2 * ops.floor(position * 0.5) + 1, 0.0
         else:
             # Round before the shift to the lowest code: adding first would move ties.
-            codes, shift = ops.round(position), self.anchor
+            codes, shift = nearest(position), self.anchor
         if not within:
             codes = ops.clip(codes, self.low - shift, self.high - shift)
         return codes + shift if shift else codes
@@ -115,13 +122,13 @@ class Grid:
         return (np.asarray(self.codes) * self.code_multiplier).astype(np.int8)[index]
 
 
-def _round_e2m1(value: Any) -> Any:
+def _round_e2m1(value: Any, nearest: Callable[[Any], Any]) -> Any:
     """Nearest FP4 (E2M1) value, ties to even mantissa as in the OCP microscaling specification."""
     magnitude = ops.abs(value)
     fine, middle, coarse = (
-        ops.round(2 * magnitude) / 2,
-        ops.round(magnitude),
-        2 * ops.round(magnitude / 2),
+        nearest(2 * magnitude) / 2,
+        nearest(magnitude),
+        2 * nearest(magnitude / 2),
     )
     rounded = ops.where(magnitude <= 2, fine, ops.where(magnitude <= 4, middle, coarse))
     return ops.sign(value) * ops.minimum(rounded, 6.0)

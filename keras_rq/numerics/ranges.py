@@ -35,14 +35,16 @@ class Range(NamedTuple):
 
     def position(self, values: Any) -> Any:
         """`values` in code units, measured from the anchor."""
-        return (values if self.origin is None else values - self.origin) / self.scale
+        # One reciprocal a block: a division an element costs more than all else in a pass, and
+        # compilers rewrite it into this on some devices and not on others.
+        return (values if self.origin is None else values - self.origin) * (1.0 / self.scale)
 
 
 def find_range(values: Any, view: BlockView, grid: Grid, rule: str) -> Range:
     """Lays a grid over every block.
 
     Args:
-        values: float32 tensor split into blocks by `view`.
+        values: float32 tensor split into blocks by `view`, zero where that holds padding.
         view: the blocks.
         grid: the codes; an affine grid gets an origin, a linear one does not.
         rule: "minmax" (affine grids only), "absmax" or "rms".
@@ -63,9 +65,9 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
         low = view.min(values)
         return low, view.max(values) - low
     if rule == "absmax":
-        reach = view.max(ops.abs(values))
+        reach = view.magnitude(values)
         return -reach, 2 * reach
-    center = view.mean(values)
+    center = view.mean_of_present(values)
     reach = grid.gaussian_edge * _root_mean_square(values - center, view)
     return center - reach, 2 * reach
 
@@ -73,14 +75,14 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
 def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
     if rule == "rms":
         return grid.gaussian_edge * _root_mean_square(values, view)
-    return view.max(ops.abs(values))
+    return view.magnitude(values)
 
 
 def _root_mean_square(values: Any, view: BlockView) -> Any:
     # Relative to the largest magnitude, so that the squares of huge and tiny values stay finite.
     values = view.present(values)
-    unit = _at_least(view.max(ops.abs(values)))
-    return unit * ops.sqrt(view.mean(ops.square(values / unit)))
+    unit = _at_least(view.magnitude(values))
+    return unit * ops.sqrt(view.mean_of_present(ops.square(values / unit)))
 
 
 def _at_least(scale: Any) -> Any:

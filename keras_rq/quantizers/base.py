@@ -21,6 +21,7 @@ from keras_rq.numerics.blocks import Blocks, BlockView, check_block_size
 from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.grids import Bits, Grid, check_bits, grid_for
 from keras_rq.numerics.ranges import Range
+from keras_rq.quantizers.rule import FakeQuantization, Rounding
 from keras_rq.quantizers.tensor import QuantizedTensor
 
 
@@ -31,12 +32,14 @@ class Encoding(NamedTuple):
         codes: integers (half-integers for FP4), 0 where pruned or padded.
         noise: `codes - f(x)`: rounding, clipping and pruning together.
         span: where the grid lies, one per block.
+        fitted: what the estimator knows of every block, as `Quantizer.fit` returned it.
         line: how codes become values, one per block.
     """
 
     codes: Any
     noise: Any
     span: Range
+    fitted: tuple[Any, ...]
     line: Line
 
 
@@ -140,12 +143,18 @@ class Quantizer:
 
     # The estimator.
 
-    def fit(self, values: Any, codes: Any, span: Range, view: BlockView) -> Line:
-        """The dequantizer of every block."""
+    def fit(self, codes: Any, noise: Any, view: BlockView) -> tuple[Any, ...]:
+        """Statistics of every block that `line` and `gradient` need; trailing None are left out."""
         raise NotImplementedError(f"{type(self).__name__} defines no dequantizer.")
 
-    def gradient(self, encoding: Encoding, slope_ratio: Any, upstream: Any, view: BlockView) -> Any:
-        """Gradient to the data; `slope_ratio` is the line's scale over the range's, `line` None."""
+    def line(self, span: Range, fitted: tuple[Any, ...]) -> Line:
+        """The dequantizer of every block from its range and what `fit` returned."""
+        raise NotImplementedError(f"{type(self).__name__} defines no dequantizer.")
+
+    def gradient(
+        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
+    ) -> Any:
+        """Gradient to the data from the gradient to its dequantized values, before `trust`."""
         raise NotImplementedError(f"{type(self).__name__} defines no gradient.")
 
     # The forward pass.
@@ -163,15 +172,13 @@ class Quantizer:
             A tensor of the shape and dtype of `x`.
         """
         x = ops.convert_to_tensor(x)
-        if self.rotation is None:
-            return backend.with_gradient(_FakeQuantization(self, blocks.view(x.shape), blocks), x)
-        # In float32, as `quantize` does it: rotated sums of float16 values overflow.
-        rotated = rotations.hadamard(ops.cast(x, "float32"), blocks.axes)
-        rule = _FakeQuantization(self, blocks.view(x.shape), blocks)
-        quantized = backend.with_gradient(rule, rotated)
-        if unrotate:
-            quantized = rotations.hadamard(quantized, blocks.axes)
-        return _cast_within(quantized, x.dtype)
+        return backend.with_gradient(self.rule(x.shape, blocks, unrotate=unrotate), x)
+
+    def rule(
+        self, shape: tuple[int | None, ...], blocks: Blocks, *, unrotate: bool = True
+    ) -> FakeQuantization:
+        """The two passes of `fake_quantize` over a tensor of `shape`, for a backend to run."""
+        return FakeQuantization(self, blocks.view(tuple(shape)), blocks, unrotate)
 
     def quantize(self, x: Any, blocks: Blocks) -> QuantizedTensor:
         """Codes, scales and offsets of a tensor, ready to be stored."""
@@ -196,14 +203,17 @@ class Quantizer:
         """Quantizes a float32 tensor (already rotated)."""
         values = view.split(x)
         span = ranges.find_range(values, view, self.grid, self.range_rule)
-        codes, noise = self._round(x, values, span, view, blocks)
-        return Encoding(codes, noise, span, self.fit(values, codes, span, view))
+        codes, noise = self.round(x, values, span, view, blocks)
+        fitted = self.fit(codes, noise, view)
+        return Encoding(codes, noise, span, fitted, self.line(span, fitted))
 
-    def _round(
+    def round(
         self, x: Any, values: Any, span: Range, view: BlockView, blocks: Blocks
     ) -> tuple[Any, Any]:
+        """Codes and noise of a tensor `x` whose blocks are `values`."""
         position = span.position(values)
-        codes = self.grid.round(position, within=self.range_rule != "rms")
+        within = self.range_rule != "rms"
+        codes = self.grid.round(position, within=within, nearest=view.nearest)
         if self.pattern is not None:
             codes = codes * view.split(sparsity.keep_mask(x, self.pattern, blocks.axes))
         codes = view.present(codes)
@@ -242,44 +252,6 @@ class Quantizer:
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items() if k != "bits")
         return f"{type(self).__name__}({self.bits!r}, {fields})"
-
-
-class _FakeQuantization:
-    """A quantizer bound to a tensor's blocks: the two passes that a backend runs."""
-
-    def __init__(self, quantizer: Quantizer, view: BlockView, blocks: Blocks) -> None:
-        self.quantizer, self.view, self.blocks = quantizer, view, blocks
-
-    def forward(self, x: Any) -> tuple[Any, list[Any]]:
-        encoding = self.quantizer.encode(ops.cast(x, "float32"), self.view, self.blocks)
-        span, line = encoding.span, encoding.line
-        y = self.view.merge(line(encoding.codes))
-        statistics = [span.scale, line.scale / span.scale]
-        if span.origin is not None:
-            statistics.append(span.origin)
-        return _cast_within(y, x.dtype), statistics
-
-    def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
-        quantizer, view = self.quantizer, self.view
-        scale, slope_ratio, *origin = statistics
-        span = Range(scale, origin[0] if origin else None)
-        x32 = ops.cast(x, "float32")
-        values = view.split(x32)
-        codes, noise = quantizer._round(x32, values, span, view, self.blocks)
-        upstream = view.split(ops.cast(upstream, "float32"))
-        encoding = Encoding(codes, noise, span, None)
-        gradient = quantizer.gradient(encoding, slope_ratio, upstream, view)
-        if quantizer.trust is not None:
-            reach = quantizer.trust * 0.5 * quantizer.grid.edge_step
-            trusted = ranges.outside(values, span, quantizer.grid) <= reach
-            gradient = ops.where(trusted, gradient, 0.0)
-        return ops.cast(view.merge(gradient), x.dtype)
-
-
-def _cast_within(values: Any, dtype: Any) -> Any:
-    # A fitted line may reach beyond the data, and the largest float16 is only 65504.
-    narrow = keras.backend.standardize_dtype(dtype) == "float16"
-    return ops.saturate_cast(values, dtype) if narrow else ops.cast(values, dtype)
 
 
 def check_nonnegative(name: str, value: Any) -> float:

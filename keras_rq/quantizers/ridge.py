@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from keras_rq.numerics.blocks import BlockView
-from keras_rq.numerics.dequantizers import Line, ridge_fit, ridge_gradient
+from keras_rq.numerics.dequantizers import Line, RidgeFit, ridge_fit_noise, ridge_gradient
 from keras_rq.numerics.grids import Bits
 from keras_rq.numerics.ranges import Range
-from keras_rq.quantizers.base import Encoding, Quantizer, check_nonnegative, serializable
+from keras_rq.quantizers.base import Quantizer, check_nonnegative, serializable
+from keras_rq.quantizers.rule import Rounding
 
 
 @serializable
@@ -72,35 +73,25 @@ class Ridge(Quantizer):
         )
         self.ridge_lambda = check_nonnegative("ridge_lambda", ridge_lambda)
 
-    def fit(self, values: Any, codes: Any, span: Range, view: BlockView) -> Line:
-        # Positions on codes, both counted from the anchor, rather than values on codes: a flat
-        # block is then exactly zero, and the slope over the width of one code, which the gradient
-        # needs, is no rounding error over a tiny width.
-        anchor = self.grid.anchor
-        unit = ridge_fit(
-            span.position(values),
-            codes - anchor if anchor else codes,
-            view,
-            self.has_offset,
-            self.ridge_lambda,
-        )
-        scale = span.scale * unit.scale
+    def fit(self, codes: Any, noise: Any, view: BlockView) -> RidgeFit:
+        # Positions on codes, rather than values on codes: a flat block is then exactly zero, and
+        # the slope over the width of one code, which the gradient needs, is no rounding error
+        # over a tiny width.
+        return ridge_fit_noise(codes, noise, view, self.has_offset, self.ridge_lambda)
+
+    def line(self, span: Range, fitted: tuple[Any, ...]) -> Line:
+        fit = RidgeFit(*fitted)
+        scale = span.scale * fit.slope
         if span.origin is None:
             return Line(scale, None)
-        code_mean = unit.code_mean + anchor if anchor else unit.code_mean
-        value_mean = span.origin + span.scale * unit.value_mean
-        return Line(scale, value_mean - scale * code_mean, code_mean, value_mean)
+        position_mean = fit.code_mean - fit.noise_mean - self.grid.anchor
+        value_mean = span.origin + span.scale * position_mean
+        return Line(scale, value_mean - scale * fit.code_mean, fit.code_mean, value_mean)
 
-    def gradient(self, encoding: Encoding, slope_ratio: Any, upstream: Any, view: BlockView) -> Any:
-        return ridge_gradient(
-            encoding.codes - self.grid.anchor,
-            encoding.noise,
-            upstream,
-            view,
-            affine=self.has_offset,
-            ridge_lambda=self.ridge_lambda,
-            ratio=slope_ratio,
-        )
+    def gradient(
+        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
+    ) -> Any:
+        return ridge_gradient(RidgeFit(*fitted), rounding.codes, rounding.noise, upstream, view)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "ridge_lambda": self.ridge_lambda}

@@ -7,7 +7,8 @@ from typing import Any
 from keras_rq.numerics.blocks import BlockView
 from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.ranges import Range
-from keras_rq.quantizers.base import Encoding, Quantizer, serializable
+from keras_rq.quantizers.base import Quantizer, serializable
+from keras_rq.quantizers.rule import Rounding
 
 
 @serializable
@@ -33,10 +34,15 @@ class StraightThrough(Quantizer):
     [-1.0, -0.33, 0.33, 1.0]
     """
 
-    def fit(self, values: Any, codes: Any, span: Range, view: BlockView) -> Line:
+    def fit(self, codes: Any, noise: Any, view: BlockView) -> tuple[Any, ...]:
+        return ()
+
+    def line(self, span: Range, fitted: tuple[Any, ...]) -> Line:
         if span.origin is None:
             return Line(span.scale, None)
         return Line(span.scale, span.origin - span.scale * self.grid.anchor)
 
-    def gradient(self, encoding: Encoding, slope_ratio: Any, upstream: Any, view: BlockView) -> Any:
+    def gradient(
+        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
+    ) -> Any:
         return upstream

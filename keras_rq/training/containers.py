@@ -59,8 +59,13 @@ def original_class(layer: keras.layers.Layer) -> type:
 
 def attach(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
     """Makes a built Keras layer quantized, in place."""
-    layer.quantization = quantization
-    swap_class(layer, quantized_class(type(layer)))
+    original = type(layer)
+    swap_class(layer, quantized_class(original))
+    try:
+        layer.take_quantization(quantization)
+    except BaseException:
+        swap_class(layer, original)
+        raise
 
 
 class _Envelope:

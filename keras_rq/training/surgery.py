@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import keras
 
 from keras_rq.layers.base import QuantizedLayer, is_quantized
+from keras_rq.layers.integer import reason_for_float
 from keras_rq.layers.products import Convolution
 from keras_rq.layers.registry import (
     owns_weights,
@@ -67,8 +68,25 @@ def quantize(
             "rule does. Layer paths are listed by `keras_rq.report(model)`.",
             stacklevel=3,
         )
+    _warn_of_float_products(plan)
     _carry_out(model, plan)
     return plan
+
+
+def _warn_of_float_products(plan: Plan) -> None:
+    paths: dict[str, list[str]] = {}
+    for layer, quantization in plan.quantized:
+        if quantization.forward is None:
+            continue
+        for product in products_of(layer).values():
+            if (reason := reason_for_float(product, quantization)) is not None:
+                paths.setdefault(reason, []).append(layer.path)
+    for reason, of in paths.items():
+        warnings.warn(
+            f"forward='int8' leaves the products of {len(of)} layers in float, because of each "
+            f"{reason}: {', '.join(of[:3])}{', ...' if len(of) > 3 else ''}.",
+            stacklevel=4,
+        )
 
 
 def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Filters) -> Plan:

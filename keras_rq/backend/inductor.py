@@ -1,0 +1,104 @@
+"""Both passes of a rule as one GPU kernel each, made by PyTorch's compiler.
+
+Eager PyTorch runs every operation of a rule as a kernel of its own, some twenty passes over the
+tensor. Compiled, each pass becomes one Triton kernel that reads the data once: statistics stay in
+registers, and the backward kernel finds them again from `x`. There is no second copy of the
+mathematics. A tensor is handed over as (outer, block) or (outer, block, inner), so that one kernel
+serves every layer with the same block.
+
+Under `torch.compile` of a whole model the rule is part of that graph and none of this is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from keras_rq.backend.rule import GradientRule
+from keras_rq.numerics.blocks import BlockView
+
+
+def fused(rule: GradientRule, x: torch.Tensor) -> GradientRule:
+    """The rule, run by kernels where `x` lies on a CUDA device and its blocks allow it."""
+    if not x.is_cuda or rule.tiling is None or torch.compiler.is_compiling():
+        return rule
+    if os.environ.get("KERAS_RQ_KERNELS") == "0" or not _compiler_works(x.device):
+        return rule
+    return _Fused(rule, x)
+
+
+class _Fused:
+    """A rule that keeps no statistics and runs compiled."""
+
+    tiling = None
+
+    def __init__(self, rule: GradientRule, like: torch.Tensor) -> None:
+        outer, block, inner = rule.tiling
+        self._rule, self._shape = rule, (outer, block) if inner == 1 else rule.tiling
+        view = BlockView((None,) * len(self._shape), (1,))
+        self._forward, self._backward = _passes(
+            rule.on_view(view), block, len(self._shape), like.dtype, like.device
+        )
+
+    def _run(self, function: Callable[..., Any], *tensors: torch.Tensor) -> torch.Tensor:
+        split = [self._rule.view.split(t).reshape(self._shape) for t in tensors]
+        made = function(*split)
+        return self._rule.view.merge(made.reshape(self._rule.view.split_shape))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
+        return self._run(self._forward, x), ()
+
+    def again(self, x: torch.Tensor, statistics: Sequence[Any]) -> torch.Tensor:
+        return self._run(self._forward, x)
+
+    def backward(self, x: torch.Tensor, statistics: Sequence[Any], upstream: Any) -> torch.Tensor:
+        return self._run(self._backward, x, upstream)
+
+
+@functools.lru_cache(maxsize=256)
+def _passes(
+    rule: GradientRule, block: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return rule.forward(x)[0]
+
+    def backward(x: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+        return rule.backward(x, rule.forward(x)[1], upstream)
+
+    # Sizes that differ from each other and from 0 and 1, which would be taken for constants.
+    shape = (6, block) if rank == 2 else (6, block, 10)
+    example = torch.ones(shape, dtype=dtype, device=device)
+    # Two tensors: a single one, given twice, would be traced as one argument.
+    return _compiled(forward, example), _compiled(backward, example, example.clone())
+
+
+def _compiled(function: Callable[..., Any], *examples: torch.Tensor) -> Callable[..., Any]:
+    # Traced first, so that the compiler sees array operations and no Python: it would guard on
+    # every attribute, and give up after a few rules.
+    traced = make_fx(function, tracing_mode="symbolic")(*examples)
+    return torch.compile(traced, dynamic=True)
+
+
+@functools.cache
+def _compiler_works(device: torch.device) -> bool:
+    try:
+        torch.compile(_probe)(torch.ones(8, device=device))
+    except Exception as error:
+        warnings.warn(
+            f"Quantization runs without fused kernels, so training is slower: torch.compile does "
+            f"not work on {device} ({type(error).__name__}). It needs Triton and a C compiler. "
+            "Set KERAS_RQ_KERNELS=0 to do without them and without this warning.",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1

@@ -1,0 +1,65 @@
+"""The forward product on the integer units while a layer is trained (`forward="int8"`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from keras import ops
+
+from keras_rq.layers.products import MatMul, Product
+from keras_rq.numerics.dequantizers import Line
+from keras_rq.ops import affine_matmul
+from keras_rq.policy import LayerQuantization
+from keras_rq.quantizers.tensor import QuantizedTensor
+
+
+def reason_for_float(product: Product, quantization: LayerQuantization) -> str | None:
+    """Why a product that was asked to run on integers does not, or None if it does."""
+    weights, activations = quantization.weights, quantization.activations
+    if weights is None or activations is None:
+        return "only one of its operands is quantized"
+    if not isinstance(product, MatMul):
+        return "it is no plain matrix product"
+    if "fp4" in (weights.bits, activations.bits):
+        return "FP4 codes are no integers"
+    if weights.rotation != activations.rotation:
+        return "only one of its operands is rotated"
+    sizes = {weights.block_size, activations.block_size}
+    return "its operands have different blocks" if len(sizes) > 1 else None
+
+
+@dataclass(frozen=True)
+class IntegerForward:
+    """Computes a product from codes; `constants` are the tensors of the quantized kernel."""
+
+    product: Product
+    quantization: LayerQuantization
+    kernel: QuantizedTensor
+
+    @classmethod
+    def create(
+        cls, product: Product, quantization: LayerQuantization, kernel: Any
+    ) -> IntegerForward:
+        """Quantizes the float32 kernel."""
+        weights = quantization.weights
+        return cls(product, quantization, weights.quantize(kernel, product.kernel_blocks(weights)))
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        line = self.kernel.line
+        return tuple(t for t in (self.kernel.codes, line.scale, line.offset) if t is not None)
+
+    def __call__(self, x: Any, codes: Any, *line: Any) -> Any:
+        like = self.kernel
+        kernel = QuantizedTensor(
+            codes,
+            Line(*line) if len(line) == 2 else Line(*line, None),
+            like.view,
+            like.axes,
+            like.grid,
+            like.rotated,
+        )
+        activations = self.quantization.activations
+        codes_of_x = activations.quantize(x, self.product.input_blocks(activations))
+        return ops.cast(affine_matmul(codes_of_x, kernel), x.dtype)

@@ -1,0 +1,127 @@
+"""A quantizer bound to a tensor: the two passes that a backend runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+from keras import ops
+
+from keras_rq.numerics import ranges, rotations
+from keras_rq.numerics.blocks import Blocks, BlockView
+from keras_rq.numerics.ranges import Range
+
+if TYPE_CHECKING:
+    from keras_rq.quantizers.base import Quantizer
+
+
+class Rounding:
+    """Codes and noise of a tensor, made when they are asked for: not every gradient does."""
+
+    def __init__(self, rule: FakeQuantization, x: Any, span: Range) -> None:
+        self._rule, self._x, self._span = rule, x, span
+        self.values = rule.view.split(x)
+
+    @functools.cached_property
+    def _both(self) -> tuple[Any, Any]:
+        rule = self._rule
+        return rule.quantizer.round(self._x, self.values, self._span, rule.view, rule.blocks)
+
+    @property
+    def codes(self) -> Any:
+        return self._both[0]
+
+    @property
+    def noise(self) -> Any:
+        return self._both[1]
+
+
+class FakeQuantization:
+    """Forward and backward of `Quantizer.fake_quantize`; see `keras_rq.backend.rule`.
+
+    Args:
+        quantizer: what quantizes.
+        view: the tensor's blocks.
+        blocks: what the view was made of.
+        unrotate: undo the quantizer's rotation afterwards.
+    """
+
+    def __init__(
+        self, quantizer: Quantizer, view: BlockView, blocks: Blocks, unrotate: bool
+    ) -> None:
+        self.quantizer, self.view, self.blocks = quantizer, view, blocks
+        self.unrotate = unrotate
+
+    @property
+    def tiling(self) -> tuple[int, int, int] | None:
+        """`(outer, block, inner)` if every block is a line of its own in a tensor of that shape.
+
+        A kernel may then work tile by tile. Masks and rotations look beyond a single block.
+        """
+        quantizer = self.quantizer
+        return self.view.extents if quantizer.pattern is quantizer.rotation is None else None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FakeQuantization) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        return self.quantizer, self.view, self.blocks, self.unrotate
+
+    def on_view(self, view: BlockView) -> FakeQuantization:
+        """The same passes over another view."""
+        return FakeQuantization(self.quantizer, view, self.blocks, self.unrotate)
+
+    def forward(self, x: Any) -> tuple[Any, list[Any]]:
+        encoding = self.quantizer.encode(self._rotated(x), self.view, self.blocks)
+        statistics = [part for part in encoding.span if part is not None]
+        statistics += [part for part in encoding.fitted if part is not None]  # see `_parts`
+        return self._values(encoding.codes, encoding.line, x.dtype), statistics
+
+    def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
+        quantizer, view = self.quantizer, self.view
+        span, fitted = self._parts(statistics)
+        rounding = Rounding(self, self._rotated(x), span)
+        upstream = ops.cast(upstream, "float32")
+        if self.unrotate:
+            upstream = self._rotate(upstream)
+        gradient = quantizer.gradient(rounding, fitted, view.split(upstream), view)
+        if quantizer.trust is not None:
+            reach = quantizer.trust * 0.5 * quantizer.grid.edge_step
+            trusted = ranges.outside(rounding.values, span, quantizer.grid) <= reach
+            gradient = ops.where(trusted, gradient, 0.0)
+        return ops.cast(self._rotate(view.merge(gradient)), x.dtype)
+
+    def again(self, x: Any, statistics: Sequence[Any]) -> Any:
+        span, fitted = self._parts(statistics)
+        codes = Rounding(self, self._rotated(x), span).codes
+        return self._values(codes, self.quantizer.line(span, fitted), x.dtype)
+
+    def _parts(self, statistics: Sequence[Any]) -> tuple[Range, tuple[Any, ...]]:
+        of_span = 2 if self.quantizer.grid.affine else 1
+        span, fitted = statistics[:of_span], statistics[of_span:]
+        return Range(*span) if of_span == 2 else Range(*span, None), tuple(fitted)
+
+    def _values(self, codes: Any, line: Any, dtype: Any) -> Any:
+        values = self.view.merge(line(codes))
+        return _cast_within(self._rotate(values) if self.unrotate else values, dtype)
+
+    def _rotated(self, x: Any) -> Any:
+        # In float32: rotated sums of float16 values overflow.
+        return self._rotate(ops.cast(x, "float32"))
+
+    def _rotate(self, x: Any) -> Any:
+        if self.quantizer.rotation is None:
+            return x
+        return rotations.hadamard(x, self.blocks.axes)
+
+
+def _cast_within(values: Any, dtype: Any) -> Any:
+    # A fitted line may reach beyond the data, and the largest float16 is only 65504.
+    narrow = keras.backend.standardize_dtype(dtype) == "float16"
+    return ops.saturate_cast(values, dtype) if narrow else ops.cast(values, dtype)

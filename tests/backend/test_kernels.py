@@ -1,0 +1,158 @@
+"""Fused kernels against the rule they are made of: the plain path is their oracle."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from gradients import BACKEND, relative_error, to_numpy
+from keras import ops
+
+from keras_rq.numerics.blocks import BlockView, TileView
+from keras_rq.quantizers import Ridge, StraightThrough
+
+on_jax = pytest.mark.skipif(BACKEND != "jax", reason="JAX only")
+on_torch = pytest.mark.skipif(BACKEND != "torch", reason="PyTorch only")
+
+QUANTIZERS = [
+    Ridge(4),
+    Ridge(1, block_size="channel"),
+    Ridge(8, block_size="channel", ridge_lambda=0.0),
+    Ridge(1, trust=0.5, block_size=64),
+    Ridge(1.5, block_size=32),
+    Ridge("fp4", block_size=64),
+    Ridge(2, range="absmax", block_size=64),
+    StraightThrough(4, trust=0.0, range="rms", block_size=64),
+]
+quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: repr(q)[:40])
+# Rows that fill no tile, an odd length, columns, columns that fill no tile, a convolution's kernel.
+TENSORS = [
+    ((37, 128), -1),
+    ((5, 200), -1),
+    ((256, 48), 0),
+    ((200, 20), 0),
+    ((3, 3, 8, 20), (0, 1, 2)),
+]
+tensors = pytest.mark.parametrize(("shape", "axes"), TENSORS, ids=str)
+
+
+def make(quantizer: Any, shape: tuple[int, ...], axes: Any, dtype: str) -> tuple[Any, Any, Any]:
+    """A rule, data and an upstream gradient; skips what has no tiles."""
+    axes = axes if isinstance(axes, tuple) else (axes,)
+    rule = quantizer.rule(shape, quantizer.blocks(axes))
+    if rule.tiling is None:
+        pytest.skip("ragged blocks run as plain array operations")
+    rng = np.random.default_rng(0)
+    data = (ops.cast(rng.normal(size=shape).astype("float32"), dtype) for _ in range(2))
+    return rule, *data
+
+
+def both(rule: Any, x: Any, upstream: Any) -> tuple[Any, Any]:
+    y, statistics = rule.forward(x)
+    return rule.backward(x, statistics, upstream), y
+
+
+def check(received: Any, expected: Any, dtype: str) -> None:
+    limit = 1e-6 if dtype == "float32" else 1e-2  # the last of bfloat16's 8 digits
+    for one, other in zip(received, expected, strict=True):
+        assert (
+            relative_error(to_numpy(ops.cast(one, "float32")), to_numpy(ops.cast(other, "float32")))
+            < limit
+        )
+
+
+@on_jax
+@quantizers
+@tensors
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pallas_kernels_equal_the_rule(quantizer: Any, shape: Any, axes: Any, dtype: str):
+    from keras_rq.backend import pallas
+
+    rule, x, upstream = make(quantizer, shape, axes, dtype)
+    tiles, view = pallas._Tiles.cut(rule.tiling), rule.view
+    on_tile = functools.partial(both, rule.on_view(tiles.view))
+    interpret = not pallas.on_gpu()
+    made = pallas._run(tiles, on_tile, 2, view.split(x), view.split(upstream), interpret=interpret)
+    check([view.merge(m) for m in made], both(rule, x, upstream), dtype)
+
+
+@on_jax
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_the_gpu_path_of_a_whole_quantizer(axis: int, monkeypatch: pytest.MonkeyPatch):
+    """On a machine whose default device is a GPU, what runs on its CPU is the plain rule."""
+    import jax
+
+    import keras_rq as rq
+    from keras_rq.backend import pallas
+
+    x = np.random.default_rng(0).normal(size=(128, 256)).astype("float32")
+
+    def run(x: Any) -> Any:
+        y, pull = jax.vjp(lambda x: rq.ops.fake_quantize(x, Ridge(4), axis=axis), x)
+        return pull(y * x)[0], y
+
+    expected = jax.jit(run)(x)
+    monkeypatch.setattr(pallas, "on_gpu", lambda: True)
+    check(jax.jit(lambda x: run(x))(x), expected, "float32")
+
+
+@on_torch
+@quantizers
+@tensors
+def test_what_pytorch_compiles_equals_the_rule(
+    quantizer: Any, shape: Any, axes: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The traced graphs, run without the compiler: its code needs a GPU to be what users run."""
+    import torch
+
+    from keras_rq.backend import inductor
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    inductor._passes.cache_clear()
+    rule, x, upstream = make(quantizer, shape, axes, "float32")
+    fused = inductor._Fused(rule, x)
+    received = fused.backward(x, (), upstream), fused.forward(x)[0]
+    inductor._passes.cache_clear()
+    check(received, both(rule, x, upstream), "float32")
+
+
+@on_torch
+def test_one_pair_of_graphs_serves_all_tensors_with_the_same_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    import torch
+
+    from keras_rq.backend import inductor
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    inductor._passes.cache_clear()
+    for shape in ((3, 7, 256), (40, 384), (2, 128)):
+        rule, x, upstream = make(Ridge(4), shape, -1, "float32")
+        fused = inductor._Fused(rule, x)
+        received = fused.backward(x, (), upstream), fused.again(x, ())
+        check(received, both(rule, x, upstream), "float32")
+    assert inductor._passes.cache_info().misses == 1
+    inductor._passes.cache_clear()
+
+
+@pytest.mark.forward
+def test_a_tile_rounds_halves_to_even():
+    view = TileView((1, 16), (1,), length=16)
+    halves = np.arange(-4, 4, 0.5, dtype="float32")[None]
+    near = np.nextafter(halves, np.float32(9))
+    for values in (halves, near, -near, 1e5 * halves):
+        received = to_numpy(view.nearest(ops.convert_to_tensor(values)))
+        np.testing.assert_array_equal(received, np.round(values))
+
+
+@pytest.mark.forward
+@pytest.mark.parametrize("length", [5, 8])
+def test_a_tile_leaves_its_padding_out(length: int):
+    x = np.random.default_rng(0).normal(size=(4, 8)).astype("float32")
+    tile, whole = TileView((4, 8), (1,), length=length), BlockView((4, length), (1,))
+    for statistic in ("mean", "max", "min"):
+        received = to_numpy(getattr(tile, statistic)(ops.convert_to_tensor(x)))
+        expected = to_numpy(getattr(whole, statistic)(ops.convert_to_tensor(x[:, :length])))
+        assert relative_error(received, expected) < 1e-6

@@ -146,7 +146,7 @@ def affine_matmul(x: QuantizedTensor, w: QuantizedTensor) -> Any:
         count = min(size, length - size * b)
         of_x, of_w = (b if n > 1 else 0 for n in (blocks_x, blocks_w))
         term = theorem1(
-            ops.matmul(cx[..., b, :], cw[b]),  # int8 operands, int32 accumulator
+            ops.einsum("...k,kn->...n", cx[..., b, :], cw[b]),  # int8 into int32
             ops.sum(ops.cast(cx[..., b, :], "int32"), axis=-1, keepdims=True),
             ops.sum(ops.cast(cw[b], "int32"), axis=0),
             ops.convert_to_tensor(np.int32(count)),

@@ -276,10 +276,10 @@ def saved_quantizer(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (broken(version=2), "version=2"),
+        (broken(version=3), "version=3"),
         (broken(version=...), "version=None"),
         ("A4W1", "version='A4W1'"),
-        (broken(weights=...), "Received: ['activations']"),
+        (broken(weights=...), "Received: ['activations', 'forward']"),
         (broken(matmuls=None), "'matmuls'"),
         (broken(weights=saved_quantizer(registered_name="keras_rq>Magic")), "keras_rq>Magic"),
         (broken(weights=saved_quantizer(config={})), "could not be read"),

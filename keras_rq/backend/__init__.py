@@ -21,6 +21,7 @@ def _active():
 
 _backend = _active()
 call_in_graph = _backend.call_in_graph
+float32_matmul = _backend.float32_matmul
 make_known = _backend.make_known
 where_traced = _backend.where_traced
 product_with_gradient = _backend.product_with_gradient
@@ -28,6 +29,7 @@ with_gradient = _backend.with_gradient
 
 __all__ = [
     "call_in_graph",
+    "float32_matmul",
     "make_known",
     "product_with_gradient",
     "where_traced",

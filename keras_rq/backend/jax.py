@@ -71,3 +71,8 @@ def product_with_gradient(
 def where_traced() -> Any:
     """Equal at two places whose tensors may be used for each other; None: nowhere else."""
     return get_opaque_trace_state()
+
+
+def float32_matmul(x: Any, y: Any) -> Any:
+    """A matrix product whose float32 operands keep all their digits."""
+    return jax.numpy.matmul(x, y, precision=jax.lax.Precision.HIGHEST)

@@ -59,3 +59,13 @@ def product_with_gradient(
 def where_traced() -> Any:
     """Equal at two places whose tensors may be used for each other; None: nowhere else."""
     return "eager" if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+
+
+def _float32_matmul(x: Any, y: Any) -> Any:
+    """A matrix product whose float32 operands keep all their digits."""
+    return tf.matmul(x, y)
+
+
+# TensorFlow says for a whole process, not for a product, whether GPUs may round the operands.
+_has_gpu = bool(tf.config.list_physical_devices("GPU"))
+float32_matmul: Callable[[Any, Any], Any] | None = None if _has_gpu else _float32_matmul

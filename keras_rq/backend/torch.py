@@ -144,3 +144,10 @@ def where_traced() -> Any:
     """Equal at two places whose tensors may be used for each other; None: nowhere else."""
     is_compiling = _IN_GRAPH.get() or torch.compiler.is_compiling()
     return None if is_compiling else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+
+
+def float32_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A matrix product whose float32 operands keep all their digits."""
+    rounds = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    # In float64 where a user lets GPUs round: dear, and as exact as asked for.
+    return torch.matmul(x.double(), y.double()).to(x.dtype) if rounds else torch.matmul(x, y)

@@ -6,9 +6,12 @@ which is what a uniform grid likes (QuEST, arXiv 2502.05003, section 3).
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 from keras_rq.numerics.blocks import MergedAxes
@@ -28,12 +31,17 @@ def rotation_size(length: int) -> int:
     return min(LARGEST, length & -length)
 
 
-def hadamard(x: Any, axes: tuple[int, ...]) -> Any:
+def hadamard(
+    x: Any, axes: tuple[int, ...], product: Callable[[Any, Any], Any] | None = None
+) -> Any:
     """Rotates blocks of the contraction axis by the orthonormal, symmetric Hadamard matrix.
 
     Args:
         x: float tensor.
         axes: contraction axes, as in `Blocks.axes`.
+        product: a matrix product that rounds its float32 operands to no fewer digits, as the
+            matrix units of accelerators do. It replaces the sums and differences of the fast
+            transform, which take a pass over the tensor each: twice as fast on CPUs.
 
     Returns:
         A tensor shaped like `x`. Applied twice it gives `x` back.
@@ -43,13 +51,35 @@ def hadamard(x: Any, axes: tuple[int, ...]) -> Any:
     if size == 1:
         return x
     flat = merged.merge(x)
-    at, sizes = merged.position, list(ops.shape(flat))
+    sizes = list(ops.shape(flat))
+    rotate = _by_sums if product is None else functools.partial(_by_product, product)
+    return merged.unmerge(ops.reshape(rotate(flat, merged.position, size), sizes))
+
+
+def _by_product(product: Callable[[Any, Any], Any], x: Any, at: int, size: int) -> Any:
+    matrix = ops.cast(ops.convert_to_tensor(_matrix(size)), x.dtype)
+    sizes = list(ops.shape(x))
+    if at == len(sizes) - 1:
+        return product(ops.reshape(x, [*sizes[:at], x.shape[at] // size, size]), matrix)
+    inner = math.prod(x.shape[at + 1 :]) if None not in x.shape[at + 1 :] else -1
+    return product(matrix, ops.reshape(x, [*sizes[:at], x.shape[at] // size, size, inner]))
+
+
+@functools.cache
+def _matrix(size: int) -> np.ndarray:
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return (matrix / math.sqrt(size)).astype(np.float32)
+
+
+def _by_sums(x: Any, at: int, size: int) -> Any:
+    sizes, length = list(ops.shape(x)), x.shape[at]
     before, after = sizes[:at], sizes[at + 1 :]
     half = 1
     while half < size:
-        # Sums and differences, not a matrix product: accelerators round the operands of those.
-        pairs = ops.reshape(flat, [*before, merged.length // (2 * half), 2, half, *after])
+        pairs = ops.reshape(x, [*before, length // (2 * half), 2, half, *after])
         first, second = (pairs[(slice(None),) * (at + 1) + (i,)] for i in range(2))
-        flat = ops.stack([first + second, first - second], axis=at + 1)
+        x = ops.stack([first + second, first - second], axis=at + 1)
         half *= 2
-    return merged.unmerge(ops.reshape(flat, sizes)) * (1.0 / math.sqrt(size))
+    return x * (1.0 / math.sqrt(size))

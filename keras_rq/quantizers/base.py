@@ -184,7 +184,7 @@ class Quantizer:
         """Codes, scales and offsets of a tensor, ready to be stored."""
         x = ops.convert_to_tensor(x, dtype="float32")
         if self.rotation is not None:
-            x = rotations.hadamard(x, blocks.axes)
+            x = rotations.hadamard(x, blocks.axes, backend.float32_matmul)
         view = blocks.view(x.shape)
         encoding = self.encode(x, view, blocks)
         multiplier = self.grid.code_multiplier

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
+from keras_rq import backend
 from keras_rq.numerics import ranges, rotations
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.ranges import Range
@@ -118,7 +119,7 @@ class FakeQuantization:
     def _rotate(self, x: Any) -> Any:
         if self.quantizer.rotation is None:
             return x
-        return rotations.hadamard(x, self.blocks.axes)
+        return rotations.hadamard(x, self.blocks.axes, backend.float32_matmul)
 
 
 def _cast_within(values: Any, dtype: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_rq import backend
 from keras_rq.numerics import packing, rotations
 from keras_rq.numerics.blocks import BlockView
 from keras_rq.numerics.dequantizers import Line
@@ -60,7 +61,9 @@ class QuantizedTensor:
         """The float32 tensor that the codes stand for."""
         codes = self.view.split(ops.cast(self.codes, "float32"))
         values = self.view.merge(self.line(codes))
-        return rotations.hadamard(values, self.axes) if self.rotated else values
+        if not self.rotated:
+            return values
+        return rotations.hadamard(values, self.axes, backend.float32_matmul)
 
     def packed(self) -> dict[str, np.ndarray]:
         """The arrays that storage needs: packed codes, a mask if sparse, scales and offsets."""

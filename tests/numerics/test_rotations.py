@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import reference
 from gradients import relative_error, to_numpy
 from keras import ops
 
+from keras_rq import backend
 from keras_rq.numerics.rotations import check_rotation, hadamard, rotation_size
 
 pytestmark = pytest.mark.forward
@@ -24,11 +27,12 @@ pytestmark = pytest.mark.forward
         ((2, 7), (1,)),
     ],
 )
-def test_rotation(shape: tuple[int, ...], axes: tuple[int, ...]):
+@pytest.mark.parametrize("product", [None, backend.float32_matmul], ids=["sums", "product"])
+def test_rotation(shape: tuple[int, ...], axes: tuple[int, ...], product: Any):
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
-    rotated = hadamard(ops.convert_to_tensor(x), axes)
+    rotated = hadamard(ops.convert_to_tensor(x), axes, product)
     assert relative_error(to_numpy(rotated), reference.hadamard(x.astype(float), axes)) < 1e-6
-    assert relative_error(to_numpy(hadamard(rotated, axes)), x) < 1e-6
+    assert relative_error(to_numpy(hadamard(rotated, axes, product)), x) < 1e-6
     norms = np.linalg.norm(to_numpy(rotated)), np.linalg.norm(x)
     assert np.isclose(*norms, rtol=1e-6)
 

@@ -1,0 +1,102 @@
+"""`forward="int8"`: integer products in the forward pass, the gradients of the float ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from gradients import BACKEND, relative_error, to_numpy
+
+import keras_rq as rq
+from keras_rq.quantizers import Ridge
+
+X = np.random.default_rng(0).normal(size=(32, 96)).astype("float32")
+Y = np.random.default_rng(1).normal(size=(32, 8)).astype("float32")
+
+
+def model(forward: str | None, **quantizers: Any) -> keras.Model:
+    keras.utils.set_random_seed(0)
+    made = keras.Sequential([keras.Input((96,)), keras.layers.Dense(8)])
+    rq.quantize(made, rq.QuantizationPolicy(**quantizers, forward=forward), verbose=False)
+    made.compile(keras.optimizers.SGD(0.1), "mse")
+    return made
+
+
+SPECS = ["A8W8-channel", "A4W4-32", "A4W1-128", "A1.5W1.5-channel", "A1W1-96"]
+
+
+@pytest.mark.forward
+@pytest.mark.parametrize("spec", SPECS)
+def test_outputs_are_those_of_the_float_product(spec: str):
+    received, expected = (to_numpy(model(f, spec=spec)(X)) for f in ("int8", None))
+    assert relative_error(received, expected) < 2e-6
+
+
+@pytest.mark.skipif(BACKEND == "numpy", reason="no gradients")
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_are_those_of_the_float_product(spec: str):
+    integer, floating = model("int8", spec=spec), model(None, spec=spec)
+    start = integer.get_weights()
+    for one in (integer, floating):
+        one.train_on_batch(X, Y)
+    for before, received, expected in zip(
+        start, integer.get_weights(), floating.get_weights(), strict=True
+    ):
+        assert relative_error(received - before, expected - before) < 1e-5
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="jaxpr")
+def test_the_forward_product_is_one_of_integers():
+    import jax
+
+    made = model("int8", spec="A8W8-channel")
+    jaxpr = str(jax.make_jaxpr(lambda x: made(x))(X))
+    products = [line for line in jaxpr.splitlines() if "dot_general[" in line]
+    assert any("i32[" in line.split("=")[0] for line in products)
+
+
+@pytest.mark.forward
+def test_rotated_operands():
+    rotated = {k: Ridge(8, rotation="hadamard") for k in ("weights", "activations")}
+    received, expected = (to_numpy(model(f, **rotated)(X)) for f in ("int8", None))
+    assert relative_error(received, expected) < 2e-6
+
+
+@pytest.mark.forward
+@pytest.mark.parametrize(
+    ("quantizers", "reason"),
+    [
+        ({"spec": "W4"}, "only one of its operands is quantized"),
+        ({"spec": "Afp4W4"}, "FP4 codes are no integers"),
+        ({"weights": Ridge(4), "activations": Ridge(4, block_size=32)}, "different blocks"),
+        (
+            {"weights": Ridge(4), "activations": Ridge(4, rotation="hadamard")},
+            "only one of its operands is rotated",
+        ),
+    ],
+)
+def test_a_layer_without_an_integer_product_is_named(quantizers: dict, reason: str):
+    with pytest.warns(UserWarning, match=rf"forward='int8'.*{reason}: .*dense"):
+        made = model("int8", **quantizers)
+    assert np.isfinite(to_numpy(made(X))).all()
+
+
+@pytest.mark.forward
+def test_convolutions_are_named():
+    made = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+    with pytest.warns(UserWarning, match="1 layers in float.*no plain matrix product"):
+        rq.quantize(made, rq.QuantizationPolicy("A8W8", forward="int8"), verbose=False)
+
+
+@pytest.mark.once
+def test_it_is_saved_and_checked():
+    policy = rq.QuantizationPolicy("A8W8", forward="int8")
+    assert rq.QuantizationPolicy.from_config(policy.get_config()).forward == "int8"
+    old = {**policy.get_config(), "version": 1}
+    del old["forward"]
+    assert rq.QuantizationPolicy.from_config(old).forward is None
+    for wrong in ("int4", True, 8):
+        with pytest.raises(ValueError, match=r"`forward` must be None or 'int8'\. Received"):
+            rq.QuantizationPolicy("A8W8", forward=wrong)

@@ -47,9 +47,9 @@ class _Fused:
         )
 
     def _run(self, function: Callable[..., Any], *tensors: torch.Tensor) -> torch.Tensor:
-        split = [self._rule.view.split(t).reshape(self._shape) for t in tensors]
-        made = function(*split)
-        return self._rule.view.merge(made.reshape(self._rule.view.split_shape))
+        split = [self._rule.split(t) for t in tensors]
+        made = function(*(t.reshape(self._shape) for t in split))
+        return self._rule.merge(made.reshape(split[0].shape))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
         return self._run(self._forward, x), ()

@@ -107,7 +107,7 @@ def forward(rule: GradientRule, x: Any) -> tuple[Any, Sequence[Any]]:
         return rule.forward(x)
 
     def on_tiles(x: Any) -> tuple[Any, ...]:
-        return _run(tiles, lambda tile: rule.on_view(tiles.view).forward(tile)[:1], 1, x)
+        return run(rule, tiles, lambda tiled, x: tiled.forward(x)[:1], 1, x)
 
     return jax.lax.platform_dependent(x, cuda=on_tiles, default=lambda x: (rule.forward(x)[0],))[
         0
@@ -133,16 +133,15 @@ def _backward(
         gradient = rule.backward(x, statistics, upstream)
         return (gradient, rule.again(x, statistics)) if again else (gradient,)
 
-    def run(rule: GradientRule, x: Any, upstream: Any) -> tuple[Any, ...]:
+    def passes(rule: GradientRule, x: Any, upstream: Any) -> tuple[Any, ...]:
         y, statistics = rule.forward(x)
         gradient = rule.backward(x, statistics, upstream)
         return (gradient, y) if again else (gradient,)
 
     def on_tiles(x: Any, upstream: Any) -> tuple[Any, ...]:
-        tiled = functools.partial(run, rule.on_view(tiles.view))
-        return _run(tiles, tiled, 1 + again, x, upstream)
+        return run(rule, tiles, passes, 1 + again, x, upstream)
 
-    plain = functools.partial(run, rule)
+    plain = functools.partial(passes, rule)
     return jax.lax.platform_dependent(x, upstream, cuda=on_tiles, default=plain)
 
 
@@ -159,14 +158,25 @@ def _tiles(rule: GradientRule) -> _Tiles | None:
     return _Tiles.cut(rule.tiling)
 
 
-def _run(
+def run(
+    rule: GradientRule,
     tiles: _Tiles,
-    function: Callable[..., tuple[Any, ...]],
+    passes: Callable[..., tuple[Any, ...]],
     outputs: int,
     *arrays: Any,
     interpret: bool = False,
 ) -> tuple[Any, ...]:
-    """Runs `function` on every tile of the arrays, which are shaped and typed alike."""
+    """Runs `passes(rule, *tiles)` on every tile of the arrays, which are shaped and typed alike.
+
+    Args:
+        rule: the rule of the arrays.
+        tiles: how they are cut.
+        passes: makes tiles of tiles.
+        outputs: how many.
+        arrays: what a kernel reads.
+        interpret: run the kernel as array operations, on any device.
+    """
+    tiled = rule.on_view(tiles.view)
 
     def kernel(*refs: Any) -> None:
         index, mask = tiles.index, tiles.mask
@@ -174,16 +184,16 @@ def _run(
             triton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
             for ref in refs[: len(arrays)]
         ]
-        for ref, value in zip(refs[len(arrays) :], function(*loaded), strict=True):
+        for ref, value in zip(refs[len(arrays) :], passes(tiled, *loaded), strict=True):
             triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
-    x = arrays[0]
+    split = [rule.split(a) for a in arrays]
     made = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(tiles.shape, x.dtype)] * outputs,
+        out_shape=[jax.ShapeDtypeStruct(tiles.shape, split[0].dtype)] * outputs,
         grid=tiles.grid,
         compiler_params=triton.CompilerParams(num_warps=tiles.warps),
         interpret=interpret,
         name="keras_rq_tiles",
-    )(*(a.reshape(tiles.shape) for a in arrays))
-    return tuple(m.reshape(x.shape) for m in made)
+    )(*(a.reshape(tiles.shape) for a in split))
+    return tuple(rule.merge(m.reshape(split[0].shape)) for m in made)

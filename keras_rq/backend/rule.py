@@ -13,8 +13,9 @@ class GradientRule(Protocol):
     backward pass needs of the size of `x` it computes again.
 
     Attributes:
-        tiling: `(outer, block, inner)`, the shape in which `x` is independent blocks along the
-            middle axis; None if it is not. A backend may then run the passes tile by tile.
+        tiling: `(outer, block, inner)`, the shape in which what `split` returns is independent
+            blocks along the middle axis; None if it is not. A backend may then run the passes
+            tile by tile.
     """
 
     tiling: tuple[int, int, int] | None
@@ -27,6 +28,12 @@ class GradientRule(Protocol):
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         """Returns the output of `forward` once more."""
+
+    def split(self, x: Any) -> Any:
+        """Returns `x` with its blocks laid open."""
+
+    def merge(self, values: Any) -> Any:
+        """Inverse of `split`."""
 
     def on_view(self, view: Any) -> Self:
         """The rule for a tile of whole blocks, whose `view` is a `numerics.blocks.TileView`."""

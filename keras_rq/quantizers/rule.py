@@ -74,6 +74,12 @@ class FakeQuantization:
     def _key(self) -> tuple[Any, ...]:
         return self.quantizer, self.view, self.blocks, self.unrotate
 
+    def split(self, x: Any) -> Any:
+        return self.view.split(x)
+
+    def merge(self, values: Any) -> Any:
+        return self.view.merge(values)
+
     def on_view(self, view: BlockView) -> FakeQuantization:
         """The same passes over another view."""
         return FakeQuantization(self.quantizer, view, self.blocks, self.unrotate)

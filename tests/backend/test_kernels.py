@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -27,13 +26,15 @@ QUANTIZERS = [
     StraightThrough(4, trust=0.0, range="rms", block_size=64),
 ]
 quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: repr(q)[:40])
-# Rows that fill no tile, an odd length, columns, columns that fill no tile, a convolution's kernel.
+# Rows that fill no tile, an odd length, columns, columns that fill no tile, a convolution's kernel,
+# contraction axes that lie apart.
 TENSORS = [
     ((37, 128), -1),
     ((5, 200), -1),
     ((256, 48), 0),
     ((200, 20), 0),
     ((3, 3, 8, 20), (0, 1, 2)),
+    ((4, 10, 32), (2, 0)),
 ]
 tensors = pytest.mark.parametrize(("shape", "axes"), TENSORS, ids=str)
 
@@ -71,11 +72,9 @@ def test_pallas_kernels_equal_the_rule(quantizer: Any, shape: Any, axes: Any, dt
     from keras_rq.backend import pallas
 
     rule, x, upstream = make(quantizer, shape, axes, dtype)
-    tiles, view = pallas._Tiles.cut(rule.tiling), rule.view
-    on_tile = functools.partial(both, rule.on_view(tiles.view))
-    interpret = not pallas.on_gpu()
-    made = pallas._run(tiles, on_tile, 2, view.split(x), view.split(upstream), interpret=interpret)
-    check([view.merge(m) for m in made], both(rule, x, upstream), dtype)
+    tiles = pallas._Tiles.cut(rule.tiling)
+    made = pallas.run(rule, tiles, both, 2, x, upstream, interpret=not pallas.on_gpu())
+    check(made, both(rule, x, upstream), dtype)
 
 
 @on_jax

@@ -23,6 +23,8 @@ import timing
 import train_step
 
 BACKEND = keras.backend.backend()
+if BACKEND == "numpy":
+    pytest.skip("NumPy does not train", allow_module_level=True)
 MODE = steps.MODES[BACKEND][0]  # PyTorch: eager; compiling takes longer than a test may
 BATCH = 4
 

@@ -1,0 +1,92 @@
+"""Tables of step times for the README, from the JSON files that the benchmarks write.
+
+    python benchmarks/summary.py benchmarks/results/train_step_cpu.json [PEERS.json]
+
+Prints Markdown; `--write README.md` puts it between the README's marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
+Row = dict[str, Any]
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int) -> str:
+    """A Markdown table; columns from `left` on are aligned to the right."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+
+
+def ratio(row: Row | None) -> str:
+    """A row's step time over float's."""
+    if row is None:
+        return ""
+    return "fails" if row.get("error") else f"{row['ratio']:.2f}"
+
+
+def ours(rows: Sequence[Row]) -> str:
+    """One line for each model and framework, one column for each setting."""
+    settings = [s for s in dict.fromkeys(r["setting"] for r in rows) if s != "float"]
+    places = dict.fromkeys((r["model"], r["batch"], r["framework"], r["mode"]) for r in rows)
+    lines = []
+    for place in sorted(places, key=lambda p: (p[0] == "convnet", p[1], p[2], p[3] != "eager")):
+        found = {r["setting"]: r for r in rows if place == _place(r)}
+        floating = found["float"].get("ms")
+        lines.append(
+            [f"{place[0]}, batch {place[1]}", f"{place[2]}, {place[3]}"]
+            + [f"{floating:.2f}" if floating else "fails"]
+            + [ratio(found.get(setting)) for setting in settings]
+        )
+    return table(["model", "framework", "float, ms", *settings], lines, left=2)
+
+
+def peers(rows: Sequence[Row], setting: str = "A8W8") -> str:
+    """One line for each library, framework and mode at one setting, one column for each model."""
+    rows = [r for r in rows if r.get("setting") == setting]
+    models = dict.fromkeys((r["model"], r["batch"]) for r in rows)
+    lines = []
+    for place in dict.fromkeys((r["peer"], r["framework"], r["mode"]) for r in rows):
+        found = {
+            (r["model"], r["batch"]): r
+            for r in rows
+            if (r["peer"], r["framework"], r["mode"]) == place
+        }
+        lines.append([place[0], f"{place[1]}, {place[2]}", *(ratio(found.get(m)) for m in models)])
+    head = ["library", "framework", *(f"{model}, batch {batch}" for model, batch in models)]
+    return table(head, lines, left=2)
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row["model"], row["batch"], row["framework"], row["mode"]
+
+
+def main() -> None:
+    """Prints the tables, or writes them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("ours", type=Path)
+    parser.add_argument("peers", type=Path, nargs="?")
+    parser.add_argument("--write", type=Path, metavar="README")
+    options = parser.parse_args()
+    text = ours(json.loads(options.ours.read_text())["rows"])
+    if options.peers is not None:
+        others = peers(json.loads(options.peers.read_text())["rows"])
+        text += "\n\nOther libraries at 8 bits, each over its own float model:\n\n" + others
+    if options.write is None:
+        print(text)
+        return
+    readme = options.write.read_text()
+    marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
+    if not marked.search(readme):
+        parser.error(f"{options.write} has no {BEGIN} ... {END}.")
+    options.write.write_text(marked.sub(lambda _: f"{BEGIN}\n{text}\n{END}", readme))
+
+
+if __name__ == "__main__":
+    main()

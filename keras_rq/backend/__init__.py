@@ -21,6 +21,7 @@ def _active():
 
 _backend = _active()
 call_in_graph = _backend.call_in_graph
+convolve = _backend.convolve
 float32_matmul = _backend.float32_matmul
 make_known = _backend.make_known
 where_traced = _backend.where_traced
@@ -29,6 +30,7 @@ with_gradient = _backend.with_gradient
 
 __all__ = [
     "call_in_graph",
+    "convolve",
     "float32_matmul",
     "make_known",
     "product_with_gradient",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import get_opaque_trace_state
 
 from keras_rq.backend import pallas
-from keras_rq.backend.in_graph import call_in_graph as call_in_graph
-from keras_rq.backend.in_graph import make_known as make_known
+from keras_rq.backend.common import call_in_graph as call_in_graph
+from keras_rq.backend.common import make_known as make_known
+from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule
 
 
@@ -76,3 +77,31 @@ def where_traced() -> Any:
 def float32_matmul(x: Any, y: Any) -> Any:
     """A matrix product whose float32 operands keep all their digits."""
     return jax.numpy.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def convolve(
+    x: Any, kernel: Any, strides: Sequence[int], dilation: Sequence[int], data_format: str
+) -> Any:
+    """A convolution without padding; groups follow from the channels, as in `keras.ops.conv`."""
+    if jax.default_backend() != "cpu":
+        return unpadded(x, kernel, strides, dilation, data_format)
+    # XLA's CPU backend hands a convolution without any padding to a kernel that is up to six times
+    # slower (jaxlib 0.10.2): one more row of outputs, cut off again, avoids it.
+    channels, rank = (1 if data_format == "channels_first" else -1), len(strides)
+    made = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        [(0, strides[0]), *[(0, 0)] * (rank - 1)],
+        rhs_dilation=dilation,
+        dimension_numbers=_dimension_numbers(rank, data_format),
+        feature_group_count=x.shape[channels] // kernel.shape[-2],
+    )
+    axis = 2 if data_format == "channels_first" else 1
+    return jax.lax.slice_in_dim(made, 0, made.shape[axis] - 1, axis=axis)
+
+
+def _dimension_numbers(rank: int, data_format: str) -> jax.lax.ConvDimensionNumbers:
+    last, space = rank + 1, tuple(range(rank))
+    image = (0, last, *range(1, last)) if data_format == "channels_last" else tuple(range(rank + 2))
+    return jax.lax.ConvDimensionNumbers(image, (last, rank, *space), image)

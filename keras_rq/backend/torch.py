@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from keras_rq.backend.common import unpadded
 from keras_rq.backend.inductor import fused
 from keras_rq.backend.rule import Forward, GradientRule
+
+convolve = unpadded
 
 _IN_GRAPH: contextvars.ContextVar[bool] = contextvars.ContextVar("in_graph", default=False)
 _OWNERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

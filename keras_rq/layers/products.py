@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_rq import backend
 from keras_rq.numerics.blocks import Blocks
 from keras_rq.numerics.rotations import rotation_size
 from keras_rq.quantizers import Quantizer
@@ -201,14 +202,7 @@ class Convolution(Spatial):
         return cls(axes, shared, (rank,), tuple(range(rank)), *geometry, groups)
 
     def apply(self, x: Any, kernel: Any) -> Any:
-        return ops.conv(
-            x,
-            kernel,
-            strides=list(self.strides),
-            padding="valid",
-            data_format=self.data_format,
-            dilation_rate=self.dilation,
-        )
+        return backend.convolve(x, kernel, self.strides, self.dilation, self.data_format)
 
 
 @dataclass(frozen=True)

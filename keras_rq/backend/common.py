@@ -1,0 +1,31 @@
+"""What most backends need nothing of their own for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras import ops
+
+
+def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str) -> Any:
+    """`owner.method(x, parameter, name)`."""
+    return getattr(owner, method)(x, parameter, name)
+
+
+def make_known(owner: Any) -> None:
+    """Prepares an owner for `call_in_graph`."""
+
+
+def unpadded(
+    x: Any, kernel: Any, strides: Sequence[int], dilation: Sequence[int], data_format: str
+) -> Any:
+    """A convolution without padding; groups follow from the channels."""
+    return ops.conv(
+        x,
+        kernel,
+        strides=list(strides),
+        padding="valid",
+        data_format=data_format,
+        dilation_rate=tuple(dilation),
+    )

@@ -11,13 +11,15 @@ bytes that must move: x in and out forward, x and the gradient in and a gradient
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 
@@ -86,22 +88,14 @@ def rows(tiles: bool) -> Any:
                     yield about | {"tile": tile, "share": share} | measure(quantizer, axis, xs, gs)
 
 
-class tile_size:
+@contextlib.contextmanager
+def tile_size(tile: int, share: int) -> Iterator[None]:
     """Other tiles and shares of a warp than the ones that ran fastest."""
-
-    NAMES = ("_ROW_TILE", "_COLUMN_TILE", "_SHARE", "_LONG_SHARE")
-
-    def __init__(self, tile: int, share: int) -> None:
-        self.values = (tile, tile, share, share)
-
-    def __enter__(self) -> None:
-        self.before = [getattr(pallas, name) for name in self.NAMES]
-        for name, value in zip(self.NAMES, self.values, strict=True):
-            setattr(pallas, name, value)
-
-    def __exit__(self, *_: Any) -> None:
-        for name, value in zip(self.NAMES, self.before, strict=True):
-            setattr(pallas, name, value)
+    sizes = {"_ROW_TILE": tile, "_COLUMN_TILE": tile, "_SHARE": share, "_LONG_SHARE": share}
+    with contextlib.ExitStack() as stack:
+        for name, size in sizes.items():
+            stack.enter_context(mock.patch.object(pallas, name, size))
+        yield
 
 
 def main() -> None:

@@ -1,11 +1,17 @@
-"""What most backends need nothing of their own for."""
+"""What several backends share."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from keras import ops
+
+
+def kernels_wanted() -> bool:
+    """Whether fused kernels may run: not with `KERAS_RQ_KERNELS=0` in the environment."""
+    return os.environ.get("KERAS_RQ_KERNELS") != "0"
 
 
 def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str) -> Any:

@@ -12,7 +12,6 @@ Under `torch.compile` of a whole model the rule is part of that graph and none o
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from keras_rq.backend.common import kernels_wanted
 from keras_rq.backend.rule import GradientRule
 from keras_rq.numerics.blocks import BlockView
 
@@ -28,7 +28,7 @@ def fused(rule: GradientRule, x: torch.Tensor) -> GradientRule:
     """The rule, run by kernels where `x` lies on a CUDA device and its blocks allow it."""
     if not x.is_cuda or rule.tiling is None or torch.compiler.is_compiling():
         return rule
-    if os.environ.get("KERAS_RQ_KERNELS") == "0" or not _compiler_works(x.device):
+    if not kernels_wanted() or not _compiler_works(x.device):
         return rule
     return _Fused(rule, x)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ import keras
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from keras_rq.backend.common import kernels_wanted
 from keras_rq.backend.rule import GradientRule
 from keras_rq.numerics.blocks import TileView
 
@@ -151,7 +151,7 @@ def on_gpu() -> bool:
 
 
 def _tiles(rule: GradientRule) -> _Tiles | None:
-    if os.environ.get("KERAS_RQ_KERNELS") == "0" or not on_gpu():
+    if not kernels_wanted() or not on_gpu():
         return None
     if keras.distribution.distribution() is not None:
         return None

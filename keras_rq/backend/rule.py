@@ -36,7 +36,7 @@ class GradientRule(Protocol):
         """Inverse of `split`."""
 
     def on_view(self, view: Any) -> Self:
-        """The rule for a tile of whole blocks, whose `view` is a `numerics.blocks.TileView`."""
+        """The same rule for whole blocks laid out as `view`, a `numerics.blocks.BlockView`."""
 
 
 class Forward(Protocol):

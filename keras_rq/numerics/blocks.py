@@ -167,9 +167,13 @@ class BlockView:
         """Inverse of `split`."""
         return values
 
+    def _or(self, values: Any, absent: float) -> Any:
+        """`absent` where the split tensor holds padding, `values` elsewhere."""
+        return values
+
     def present(self, values: Any) -> Any:
         """Zero where the split tensor holds padding, `values` elsewhere."""
-        return values
+        return self._or(values, 0.0)
 
     def mean(self, values: Any) -> Any:
         return self.mean_of_present(self.present(values))
@@ -186,10 +190,10 @@ class BlockView:
         return ops.max(ops.abs(values), axis=self.reduced, keepdims=True)
 
     def max(self, values: Any) -> Any:
-        return ops.max(values, axis=self.reduced, keepdims=True)
+        return ops.max(self._or(values, -np.inf), axis=self.reduced, keepdims=True)
 
     def min(self, values: Any) -> Any:
-        return ops.min(values, axis=self.reduced, keepdims=True)
+        return ops.min(self._or(values, np.inf), axis=self.reduced, keepdims=True)
 
     def nearest(self, values: Any) -> Any:
         """The nearest whole numbers, halves to even ones."""
@@ -228,18 +232,9 @@ class TileView(BlockView):
         shape = [size if a == axis else 1 for a in range(len(self.shape))]
         return ops.where(ops.reshape(index, shape) < self.length, values, absent)
 
-    def present(self, values: Any) -> Any:
-        return self._or(values, 0.0)
-
     def mean_of_present(self, values: Any) -> Any:
         total = ops.sum(values, axis=self.reduced, keepdims=True)
         return total * float(np.float32(1.0) / np.float32(self.length))
-
-    def max(self, values: Any) -> Any:
-        return super().max(self._or(values, -np.inf))
-
-    def min(self, values: Any) -> Any:
-        return super().min(self._or(values, np.inf))
 
     def nearest(self, values: Any) -> Any:
         # Pallas has no rounding for GPU kernels. Adding 1.5 * 2^23 and subtracting it again would
@@ -330,9 +325,6 @@ class _SplitView(BlockView):
             values = values[(slice(None),) * at + (slice(0, self.merged.length),)]
         return self.merged.unmerge(values)
 
-    def present(self, values: Any) -> Any:
-        return ops.where(self._is_present, values, 0.0) if self._padding else values
-
     def _or(self, values: Any, absent: float) -> Any:
         return ops.where(self._is_present, values, absent) if self._padding else values
 
@@ -343,12 +335,6 @@ class _SplitView(BlockView):
         # Padding counted as zeros; the last block has fewer elements than the others.
         lengths = self._is_present.sum(axis=self.merged.position + 1, keepdims=True)
         return ops.multiply(mean, (self.block / lengths).astype(np.float32))
-
-    def max(self, values: Any) -> Any:
-        return super().max(self._or(values, -np.inf))
-
-    def min(self, values: Any) -> Any:
-        return super().min(self._or(values, np.inf))
 
     def statistic(self, values: Any) -> Any:
         return ops.squeeze(values, axis=self.merged.position + 1)

@@ -59,13 +59,8 @@ def original_class(layer: keras.layers.Layer) -> type:
 
 def attach(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
     """Makes a built Keras layer quantized, in place."""
-    original = type(layer)
-    swap_class(layer, quantized_class(original))
-    try:
-        layer.take_quantization(quantization)
-    except BaseException:
-        swap_class(layer, original)
-        raise
+    swap_class(layer, quantized_class(type(layer)))
+    layer.take_quantization(quantization)
 
 
 class _Envelope:

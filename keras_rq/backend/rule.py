@@ -16,9 +16,11 @@ class GradientRule(Protocol):
         tiling: `(outer, block, inner)`, the shape in which what `split` returns is independent
             blocks along the middle axis; None if it is not. A backend may then run the passes
             tile by tile.
+        split_is_reshape: whether `split` keeps all elements in their order.
     """
 
     tiling: tuple[int, int, int] | None
+    split_is_reshape: bool
 
     def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:
         """Returns the output, shaped like `x`, and a sequence of small tensors."""

@@ -109,13 +109,17 @@ class MergedAxes:
         rest = [a for a in range(len(self.shape)) if a not in self.axes]
         return [*rest[: self.position], *self.axes, *rest[self.position :]]
 
+    @property
+    def keeps_order(self) -> bool:
+        """Whether merging is a reshape: no axis moves."""
+        return self._order == sorted(self._order)
+
     def merge(self, x: Any) -> Any:
         """`(..., a, ..., b, ...) -> (..., a * b, ...)`."""
         if len(self.axes) == 1:
             return x
-        order = self._order
-        if order != sorted(order):
-            x = ops.transpose(x, order)
+        if not self.keeps_order:
+            x = ops.transpose(x, self._order)
         sizes = list(ops.shape(x))
         at = self.position
         return ops.reshape(x, [*sizes[:at], self.length, *sizes[at + len(self.axes) :]])
@@ -124,9 +128,9 @@ class MergedAxes:
         """Inverse of `merge`."""
         if len(self.axes) == 1:
             return x
-        sizes, at, order = list(ops.shape(x)), self.position, self._order
+        sizes, at = list(ops.shape(x)), self.position
         x = ops.reshape(x, [*sizes[:at], *(self.shape[a] for a in self.axes), *sizes[at + 1 :]])
-        return x if order == sorted(order) else ops.transpose(x, list(np.argsort(order)))
+        return x if self.keeps_order else ops.transpose(x, list(np.argsort(self._order)))
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,11 @@ class BlockView:
         parts = shape[:first], shape[first : last + 1], shape[last + 1 :]
         outer, block, inner = (math.prod(part) for part in parts)
         return outer, block, inner
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the split tensor has the elements of the tensor in the same row-major order."""
+        return True
 
     def split(self, x: Any) -> Any:
         """The tensor with its blocks laid open; padding is zero."""
@@ -295,6 +304,10 @@ class _SplitView(BlockView):
         kept = [self.shape[a] for a in self.merged._order if a not in self.merged.axes]
         at = self.merged.position
         return (*kept[:at], self.blocks, self.block, *kept[at:])
+
+    @property
+    def keeps_order(self) -> bool:
+        return not self._padding and self.merged.keeps_order
 
     def _on_axes(self, array: np.ndarray) -> np.ndarray:
         """A (blocks, block) array placed so that it broadcasts against the split tensor."""

@@ -64,6 +64,11 @@ class FakeQuantization:
         quantizer = self.quantizer
         return self.view.extents if quantizer.pattern is quantizer.rotation is None else None
 
+    @property
+    def split_is_reshape(self) -> bool:
+        """Whether `split` keeps all elements in their order."""
+        return self.view.keeps_order
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FakeQuantization) and self._key == other._key
 

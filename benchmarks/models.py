@@ -125,8 +125,11 @@ def nanogpt(
     context: int = 256,
     vocabulary: int = 65,
     dropout: float = 0.2,
+    head_dtype: str | None = None,
 ) -> keras.Model:
     """The nanoGPT of `train_shakespeare_char.py`: logits of the next character.
+
+    `head_dtype` is that of the logits, where it is not the model's.
 
     Two things differ: the head has a matrix of its own instead of the token table, and no dropout
     falls on the attention weights, which `keras.ops.dot_product_attention` does not offer.
@@ -139,7 +142,9 @@ def nanogpt(
     for index in range(blocks):
         x = block(x, f"block{index}")
     x = block.norm("last_norm")(x)
-    head = layers.Dense(vocabulary, use_bias=False, kernel_initializer=_normal(), name="head")
+    head = layers.Dense(
+        vocabulary, use_bias=False, kernel_initializer=_normal(), name="head", dtype=head_dtype
+    )
     return keras.Model(tokens, head(x))
 
 

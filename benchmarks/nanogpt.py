@@ -26,6 +26,7 @@ SPARSE = ("A4W1", "A4W1-2:4", "A4W1-1:4", "A1W1-2:4")
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
 DECIDING = ("recommended", "quest", "ridge")
+DECIDING_SETTINGS = ("A1W1", "A4W4")
 FLOAT = {"method": "float", "setting": "float"}
 # One field of `Ridge` after the other is changed. The range is one that linear and affine grids
 # can both have.
@@ -56,29 +57,29 @@ class Plans:
     def first(self, rows: Sequence[Row]) -> list[runs.Order]:
         """Every method at every dense setting, at the stock rate."""
         pairs = [{"method": m, "setting": s} for s in SETTINGS for m in METHODS]
-        return self._runs([FLOAT, *pairs])
+        return self.runs([FLOAT, *pairs])
 
     def sparse(self, rows: Sequence[Row]) -> list[runs.Order]:
         """One-bit weights under four-bit activations, and sparse weights."""
         methods = ("recommended", "quest")
-        return self._runs([{"method": m, "setting": s} for s in SPARSE for m in methods])
+        return self.runs([{"method": m, "setting": s} for s in SPARSE for m in methods])
 
     def sweep(self, rows: Sequence[Row]) -> list[runs.Order]:
         """Every method at A1W1 and every rate."""
-        return self._runs(
+        return self.runs(
             [{"method": m, "setting": "A1W1", "lr": lr} for lr in RATES for m in METHODS]
         )
 
     def deciding_sweep(self, rows: Sequence[Row]) -> list[runs.Order]:
         """The rates of what the deciding table compares, where `sweep` has none."""
         places = [FLOAT, *({"method": m, "setting": "A4W4"} for m in DECIDING)]
-        return self._runs([{**place, "lr": lr} for place in places for lr in RATES])
+        return self.runs([{**place, "lr": lr} for place in places for lr in RATES])
 
     def deciding(self, rows: Sequence[Row]) -> list[runs.Order]:
         """Long runs with several seeds, each at its best rate among the short ones so far."""
-        pairs = [{"method": m, "setting": s} for s in ("A1W1", "A4W4") for m in DECIDING]
+        pairs = [{"method": m, "setting": s} for s in DECIDING_SETTINGS for m in DECIDING]
         rated = [{**place, "lr": self.best_rate(rows, place)} for place in (FLOAT, *pairs)]
-        return self._runs([{**one, "seed": s} for s in SEEDS for one in rated], self.long)
+        return self.runs([{**one, "seed": s} for s in SEEDS for one in rated], self.long)
 
     def knobs(self, rows: Sequence[Row]) -> list[runs.Order]:
         """What each field of `Ridge` is worth, at A1W1."""
@@ -88,18 +89,19 @@ class Plans:
         """The runs that differ in one field."""
         place = {"method": "ridge", "setting": "A1W1"}
         fields = [{"both": {**KNOB_BASE, name: value}} for value in KNOBS[name]]
-        return self._runs([{**place, "fields": one} for one in fields])
+        return self.runs([{**place, "fields": one} for one in fields])
 
     def best_rate(self, rows: Sequence[Row], place: Place) -> float:
         """The rate of the best short run of a method at a setting."""
-        swept = [runs.find(rows, run) for run in self._runs([{**place, "lr": r} for r in RATES])]
+        swept = [runs.find(rows, run) for run in self.runs([{**place, "lr": r} for r in RATES])]
         known = [row for row in swept if row is not None and row["val_accuracy"] is not None]
         if len(known) < len(RATES):
             where = f"{place['method']} {place['setting']}"
             runs.tell(f"{where}: {len(known)} of {len(RATES)} rates are known")
         return max(known, key=lambda row: row["val_accuracy"])["lr"] if known else RATES[0]
 
-    def _runs(self, places: Sequence[Place], steps: int | None = None) -> list[runs.Order]:
+    def runs(self, places: Sequence[Place], steps: int | None = None) -> list[runs.Order]:
+        """The runs of some places, with what they share."""
         base = {"task": self.task, "lr": RATES[0], "steps": steps or self.short}
         return [{**runs.DEFAULTS, **base, **place} for place in places]
 
@@ -124,6 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs.serve(lambda: make_task(options), options.checkpoints)
         return 0
     plans = SMALL if options.small else Plans()
+    if options.table or options.plot:
+        import nanogpt_tables
+
+        return runs.show(options, nanogpt_tables, plans)
     stock = {"task": plans.task, "lr": RATES[0], "steps": plans.long}
     named = {name: getattr(plans, name) for name in PLANS}
     return runs.work(options, __file__, runs.chosen(options, named, stock))

@@ -128,7 +128,7 @@ class Worker:
         if cache is not None:
             cache.mkdir(parents=True, exist_ok=True)
             environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-            environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+            environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self._process = subprocess.Popen(
             command,
             env=environment,
@@ -296,11 +296,13 @@ def chosen(options: argparse.Namespace, plans: Mapping[str, Callable], stock: Or
     Args:
         options: the parsed command line.
         plans: by name: from the rows so far to runs.
-        stock: `task`, `lr` and `steps` where nothing else is said.
+        stock: the task, and what a run has where nothing else is said.
     """
     rows = RowsFile(options.out).rows
     runs: list[Order] = []
     for plan in options.plan:
+        if plan not in plans and not Path(plan).exists():
+            raise SystemExit(f"--plan {plan}: no file, and none of {', '.join(plans)}")
         runs += plans[plan](rows) if plan in plans else json.loads(Path(plan).read_text())
     named = {"fields": "both", "weights": "weights", "activations": "activations"}
     fields = {
@@ -308,15 +310,15 @@ def chosen(options: argparse.Namespace, plans: Mapping[str, Callable], stock: Or
         for name in (*named, "recipe")
         if (parsed := _pairs(getattr(options, name)))
     }
+    said = {"steps": options.steps} if options.steps else {}
     runs += [
-        {"method": method, "setting": setting, "lr": lr, "seed": seed, "fields": fields}
+        {**said, **rate, "method": method, "setting": setting, "seed": seed, "fields": fields}
         for method in options.method
         for setting in (["float"] if method == "float" else options.setting)
-        for lr in options.lr or [stock["lr"]]
+        for rate in ([{"lr": lr} for lr in options.lr] if options.lr else [{}])
         for seed in options.seed
     ]
-    steps = options.steps or stock["steps"]
-    return [{**DEFAULTS, **stock, "steps": steps, **run} for run in runs]
+    return [{**DEFAULTS, **stock, **said, **run} for run in runs]
 
 
 def _pairs(texts: Sequence[str]) -> dict[str, Any]:
@@ -338,8 +340,17 @@ def gpus(options: argparse.Namespace) -> list[str | None]:
     return ["0"] if shutil.which("nvidia-smi") and not options.small else [None]
 
 
-def work(options: argparse.Namespace, script: str, runs: Sequence[Order]) -> int:
-    """Runs what is missing, and returns 1 if anything failed."""
+def work(
+    options: argparse.Namespace, script: str, runs: Sequence[Order], passed: Sequence[str] = ()
+) -> int:
+    """Runs what is missing, and returns 1 if anything failed.
+
+    Args:
+        options: the command line.
+        script: what a worker runs.
+        runs: the runs.
+        passed: what else a worker is told.
+    """
     results = Results(options.out)
     if options.again:
         results.rows = []
@@ -352,7 +363,7 @@ def work(options: argparse.Namespace, script: str, runs: Sequence[Order]) -> int
     cache = options.cache or (None if devices == [None] else CACHE)
     if options.commit:
         os.environ["KERAS_RQ_COMMIT"] = options.commit
-    command = [sys.executable, script, "--worker", *_passed(options)]
+    command = [sys.executable, script, "--worker", *_passed(options), *passed]
     deadline = None if options.time_limit is None else time.time() + options.time_limit
     queue = Queue(missing, deadline)
     run_all(
@@ -365,6 +376,23 @@ def work(options: argparse.Namespace, script: str, runs: Sequence[Order]) -> int
     left = results.missing(runs)
     tell(f"{len(runs) - len(left)} of {len(runs)} runs done")
     return int(any(row.get("error") for row in results.rows if key_of(row) in map(key_of, runs)))
+
+
+def show(options: argparse.Namespace, tables: Any, plans: Any) -> int:
+    """Prints the tables and draws the figures of the rows in --out.
+
+    Args:
+        options: the command line.
+        tables: a module with `tables(rows, plans)` and `figures(rows, plans, folder)`.
+        plans: which runs they consist of.
+    """
+    rows = RowsFile(options.out).rows
+    if options.table:
+        print(tables.tables(rows, plans))
+    if options.plot:
+        for path in tables.figures(rows, plans, options.plot):
+            tell(f"drew {path}")
+    return 0
 
 
 def _passed(options: argparse.Namespace) -> list[str]:

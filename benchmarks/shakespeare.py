@@ -1,52 +1,21 @@
-"""Characters of Shakespeare and the stock recipe of nanoGPT for them."""
+"""Next-character prediction on Shakespeare, as nanoGPT does it."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import keras
 import models
 import numpy as np
+import recipes
 import steps
 import train_step
-from training import Gathered, Run, Task, WarmupCosine, resident
+from training import Gathered, Run, Task, WarmupCosine, divisor, resident
 
 import keras_rq as rq
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The model and its training; a run's `fields["recipe"]` replaces single values.
-
-    Attributes:
-        context: characters that a prediction may look at.
-        batch: windows of a batch.
-        final: last learning rate over the peak.
-        interval: most steps between two evaluations; their number divides the steps.
-        windows: of the validation text, spread over all of it; four times as many at the end.
-    """
-
-    width: int = 384
-    blocks: int = 6
-    heads: int = 6
-    context: int = 256
-    dropout: float = 0.2
-    batch: int = 64
-    warmup: int = 100
-    final: float = 0.1
-    weight_decay: float = 0.1
-    beta_2: float = 0.99
-    clip: float = 1.0
-    interval: int = 250
-    windows: int = 448
-
-
-STOCK = Recipe()
-SMALL = Recipe(width=32, blocks=2, heads=2, context=16, batch=8, warmup=4, interval=10, windows=16)
 
 
 class NanoGPT(Task):
@@ -57,7 +26,7 @@ class NanoGPT(Task):
         recipe: the model and its training.
     """
 
-    def __init__(self, text: str, recipe: Recipe = STOCK) -> None:
+    def __init__(self, text: str, recipe: recipes.GPTRecipe = recipes.GPT) -> None:
         # As nanoGPT's prepare.py: sorted characters, the first 90 % for training.
         characters = sorted(set(text))
         code = {character: index for index, character in enumerate(characters)}
@@ -73,22 +42,19 @@ class NanoGPT(Task):
         if steps.sees_gpu():
             keras.config.set_dtype_policy("mixed_bfloat16")
         path = path or Path(keras.utils.get_file("tinyshakespeare.txt", URL))
-        return cls(path.read_text(encoding="utf-8"), SMALL if small else STOCK)
-
-    def _recipe(self, run: Run) -> Recipe:
-        return dataclasses.replace(self.recipe, **run.fields.get("recipe", {}))
+        return cls(path.read_text(encoding="utf-8"), recipes.GPT_SMALL if small else recipes.GPT)
 
     def rules(self) -> list[rq.Rule]:
         return train_step.RULES["nanogpt"](rq)
 
     def model(self, run: Run) -> keras.Model:
-        recipe = self._recipe(run)
+        recipe = self.recipe.of(vars(run))
         names = ("width", "blocks", "heads", "context", "dropout")
         sizes = {name: getattr(recipe, name) for name in names}
         return models.nanogpt(vocabulary=self.vocabulary, head_dtype="float32", **sizes)
 
     def optimizer(self, run: Run) -> keras.optimizers.Optimizer:
-        recipe = self._recipe(run)
+        recipe = self.recipe.of(vars(run))
         schedule = WarmupCosine(run.lr, run.steps, recipe.warmup, recipe.final)
         optimizer = keras.optimizers.AdamW(
             schedule,
@@ -99,7 +65,7 @@ class NanoGPT(Task):
         return schedule.attach(optimizer)
 
     def batches(self, run: Run, start: int) -> Gathered:
-        recipe = self._recipe(run)
+        recipe = self.recipe.of(vars(run))
         shape = (run.steps, recipe.batch)
         last = len(self.train) - recipe.context
         offsets = np.random.default_rng(run.seed).integers(0, last, shape, dtype="int32")
@@ -109,16 +75,13 @@ class NanoGPT(Task):
             characters = text[offset[:, None] + window]
             return characters[:, :-1], characters[:, 1:]
 
-        return Gathered(gather, (self.train,), (offsets,), start)
+        return Gathered(gather, (self.train,), lambda step: (offsets[step],), start, run.steps)
 
     def interval(self, run: Run) -> int:
-        interval = min(self._recipe(run).interval, run.steps)
-        while run.steps % interval:
-            interval -= 1
-        return interval
+        return divisor(run.steps, self.recipe.of(vars(run)).interval)
 
     def validation(self, run: Run, final: bool) -> dict[str, Any]:
-        recipe = self._recipe(run)
+        recipe = self.recipe.of(vars(run))
         count = recipe.windows * (4 if final else 1)
         starts = np.linspace(0, len(self.val) - recipe.context - 1, count).astype("int32")
         windows = self.val[starts[:, None] + np.arange(recipe.context + 1)]

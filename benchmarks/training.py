@@ -85,6 +85,9 @@ class Task:
         """The loss of a model that knows nothing."""
         raise NotImplementedError
 
+    def finished(self, run: Run, model: keras.Model) -> None:
+        """Is handed every trained model."""
+
 
 @keras.saving.register_keras_serializable("benchmarks")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
@@ -282,6 +285,7 @@ def train(
     found = model.evaluate(**task.validation(run, final=True), return_dict=True, verbose=0)
     if checkpoint is not None:
         checkpoint.remove()
+    task.finished(run, model)
     return {
         **dataclasses.asdict(run),
         "val_loss": finite(found["loss"]),
@@ -328,37 +332,39 @@ def _per_product(row: Any) -> float:
     return widths[0] * widths[1] * (1.0 - row.sparsity)
 
 
-Gather = Callable[..., tuple[Any, Any]]
-
-
 class Gathered(keras.utils.PyDataset):
     """Batches that are picked from data on the device.
 
     Args:
-        gather: makes inputs and targets from the data and one entry of each of `choices`; it may
-            only index, so that it works on NumPy and on JAX arrays.
-        data: arrays, put on the device under JAX.
-        choices: arrays with one entry for every step.
+        gather: makes inputs and targets from the data and what `choose` returns; it may only index
+            and calculate, so that it works on NumPy and on JAX arrays.
+        data: arrays, `resident`.
+        choose: from a step to arrays that say what its batch consists of.
         start: the first step.
+        stop: the one after the last.
     """
 
     def __init__(
-        self, gather: Gather, data: tuple[Any, ...], choices: tuple[np.ndarray, ...], start: int = 0
+        self,
+        gather: Callable[..., tuple[Any, Any]],
+        data: tuple[Any, ...],
+        choose: Callable[[int], tuple[np.ndarray, ...]],
+        start: int,
+        stop: int,
     ) -> None:
         super().__init__()
-        self._gather, self._data = compiled(gather), data
-        self._choices, self._start = choices, start
+        self._gather, self._data, self._choose = compiled(gather), data, choose
+        self._start, self._stop = start, stop
 
     @property
     def num_batches(self) -> int:
-        return len(self._choices[0]) - self._start
+        return self._stop - self._start
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        picked = (choice[self._start + index] for choice in self._choices)
-        return self._gather(*self._data, *picked)
+        return self._gather(*self._data, *self._choose(self._start + index))
 
 
-def compiled(function: Gather) -> Gather:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.jit` under JAX; elsewhere the batch is made by NumPy."""
     if keras.backend.backend() != "jax":
         return function
@@ -370,3 +376,8 @@ def compiled(function: Gather) -> Gather:
 def resident(array: np.ndarray) -> Any:
     """The array on the device under JAX; elsewhere as it is."""
     return ops.convert_to_tensor(array) if keras.backend.backend() == "jax" else array
+
+
+def divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not above `most`."""
+    return next(n for n in range(min(number, most), 0, -1) if number % n == 0)

@@ -69,6 +69,57 @@ def convnet(widths: tuple[int, ...] = (32, 64, 128)) -> keras.Model:
 
 
 @keras.saving.register_keras_serializable("benchmarks")
+class Shortcut(layers.Layer):
+    """Takes every second pixel and appends channels of zeros: He's option A, without weights."""
+
+    def __init__(self, channels: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.channels = channels
+
+    def call(self, inputs: Any) -> Any:
+        added = self.channels - inputs.shape[-1]
+        padding = ((0, 0), (0, 0), (0, 0), (added // 2, added - added // 2))
+        return ops.pad(inputs[:, ::2, ::2], padding)
+
+    def compute_output_shape(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        batch, height, width, _ = input_shape
+        return (batch, (height + 1) // 2, (width + 1) // 2, self.channels)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "channels": self.channels}
+
+
+def resnet20(*, blocks: int = 3, size: int = 32, classes: int = 10) -> keras.Model:
+    """The CIFAR ResNet of He et al. (arXiv 1512.03385); three blocks a stage are 20 layers."""
+    inputs = keras.Input((size, size, 3))
+    x = layers.Activation("relu")(_normalized_conv(inputs, 16, 1, "stem"))
+    for stage, width in enumerate((16, 32, 64)):
+        for index in range(blocks):
+            halves = stage > 0 and index == 0
+            name = f"stage{stage}_block{index}"
+            y = _normalized_conv(x, width, 2 if halves else 1, f"{name}_conv1")
+            y = layers.Activation("relu")(y)
+            y = _normalized_conv(y, width, 1, f"{name}_conv2")
+            shortcut = Shortcut(width, name=f"{name}_shortcut")(x) if halves else x
+            x = layers.Activation("relu")(layers.Add()([y, shortcut]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(classes, name="head")(x))
+
+
+def _normalized_conv(x: Any, width: int, strides: int, name: str) -> Any:
+    x = layers.Conv2D(
+        width,
+        3,
+        strides=strides,
+        padding="same",
+        use_bias=False,
+        kernel_initializer=keras.initializers.VarianceScaling(2.0, "fan_out", "untruncated_normal"),
+        name=name,
+    )(x)
+    return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_norm")(x)
+
+
+@keras.saving.register_keras_serializable("benchmarks")
 class Attention(layers.Layer):
     """Splits what a fused projection made into queries, keys and values, and attends."""
 
@@ -125,8 +176,11 @@ def nanogpt(
     context: int = 256,
     vocabulary: int = 65,
     dropout: float = 0.2,
+    head_dtype: str | None = None,
 ) -> keras.Model:
     """The nanoGPT of `train_shakespeare_char.py`: logits of the next character.
+
+    `head_dtype` is that of the logits, where it is not the model's.
 
     Two things differ: the head has a matrix of its own instead of the token table, and no dropout
     falls on the attention weights, which `keras.ops.dot_product_attention` does not offer.
@@ -139,7 +193,9 @@ def nanogpt(
     for index in range(blocks):
         x = block(x, f"block{index}")
     x = block.norm("last_norm")(x)
-    head = layers.Dense(vocabulary, use_bias=False, kernel_initializer=_normal(), name="head")
+    head = layers.Dense(
+        vocabulary, use_bias=False, kernel_initializer=_normal(), name="head", dtype=head_dtype
+    )
     return keras.Model(tokens, head(x))
 
 

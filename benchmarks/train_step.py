@@ -10,7 +10,6 @@ same round. What runs is the step of `fit`, with one batch that stays on the dev
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -20,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from rows import RowsFile
 
 PACKAGE = "keras_rq"
 FRAMEWORKS = ("jax", "tensorflow", "torch")
@@ -63,19 +64,8 @@ def policies(model: str, settings: Sequence[str]) -> dict[str, Any]:
     return {"float": None} | {name: SETTINGS[name](rq, rules) for name in settings}
 
 
-class Results:
-    """The rows measured so far, in a JSON file that is whole at any time.
-
-    Args:
-        path: the file; None keeps the rows in memory only.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        exists = path is not None and path.exists()
-        content = json.loads(path.read_text()) if exists else {}
-        self.provenance: dict[str, Any] = content.get("provenance", {})
-        self.rows: list[dict[str, Any]] = content.get("rows", [])
+class Results(RowsFile):
+    """The rows measured so far, in a JSON file that is whole at any time."""
 
     def missing(self, settings: Sequence[str], **key: Any) -> list[str]:
         """The settings that have no row; a row that says why it failed counts as one."""
@@ -89,15 +79,6 @@ class Results:
         self.rows += added
         self.write()
         return added
-
-    def write(self) -> None:
-        """Replaces the file in one move, so that an interruption leaves the old one."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(self.path.name + ".new")
-        new.write_text(json.dumps({"provenance": self.provenance, "rows": self.rows}, indent=1))
-        new.replace(self.path)
 
 
 HEADER = (

@@ -6,6 +6,7 @@ from keras_rq.api import quantize
 from keras_rq.export.api import export
 from keras_rq.policy import QuantizationPolicy, Rule
 from keras_rq.quantizers.tensor import QuantizedTensor
+from keras_rq.reports.frontier import plot_frontier
 from keras_rq.reports.report import Report, report
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "export",
     "layers",
     "ops",
+    "plot_frontier",
     "quantize",
     "quantizers",
     "report",

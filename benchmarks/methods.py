@@ -1,0 +1,147 @@
+"""The methods that accuracy benchmarks compare: from a name and a setting to a policy.
+
+A setting is the shorthand of a policy ("A1W1", "A4W1-2:4") or "float". A method says which
+quantizer each operand gets; `fields` of a run then replace single fields of it, for research:
+
+    {"both": {"range": "rms"}, "weights": {"trust": 1.6}, "activations": {"class": "QuEST"}}
+
+Estimators are looked up when a run asks for them, so that a version of keras_rq without one of
+them still runs the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+
+import keras_rq as rq
+
+OPERANDS = ("weights", "activations")
+Fields = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a float model is quantized and made ready for `fit`.
+
+    Attributes:
+        quantizer: the method's own, from the one that a setting's shorthand gives an operand.
+        calibrates: whether its variables start from data, by `rq.calibrate`.
+        callbacks: makes what `fit` has to call.
+    """
+
+    quantizer: Callable[[Any], Any]
+    calibrates: bool = False
+    callbacks: Callable[[], list[keras.callbacks.Callback]] = list
+
+
+def estimator(name: str) -> type:
+    """A class of `keras_rq.quantizers`.
+
+    Raises:
+        LookupError: this version of keras_rq has none of that name.
+    """
+    found = getattr(rq.quantizers, name, None)
+    if not inspect.isclass(found):
+        known = [n for n in dir(rq.quantizers) if inspect.isclass(getattr(rq.quantizers, n))]
+        raise LookupError(
+            f"This version of keras_rq has no quantizer {name!r}. It has {', '.join(known)}."
+        )
+    return found
+
+
+def _estimator(name: str) -> Callable[[Any], Any]:
+    """An estimator as its class has it by default, at a setting's bits and sparsity."""
+    return lambda base: estimator(name)(base.bits, **_sparsity(base))
+
+
+def _ridge_linear(base: Any) -> Any:
+    return rq.quantizers.Ridge(base.bits, affine=False, range="absmax", **_sparsity(base))
+
+
+def _ridge_paper(base: Any) -> Any:
+    """Affine where the paper is, over the whole range of the data."""
+    affine = rq.quantizers.Ridge(base.bits, **_sparsity(base)).has_offset
+    extremes = "minmax" if affine else "absmax"
+    return rq.quantizers.Ridge(base.bits, affine=affine, range=extremes, **_sparsity(base))
+
+
+def _sparsity(base: Any) -> dict[str, Any]:
+    return {} if base.sparsity is None else {"sparsity": base.sparsity}
+
+
+METHODS: dict[str, Method] = {
+    "ste": Method(_estimator("StraightThrough")),
+    "bitnet": Method(_estimator("BitNet")),
+    "lsq": Method(_estimator("LearnedStep"), calibrates=True),
+    "quest": Method(_estimator("QuEST")),
+    "ridge_linear": Method(_ridge_linear),
+    "ridge": Method(_ridge_paper),
+    "gdnsq": Method(_estimator("GDNSQ"), calibrates=True),
+    "recommended": Method(lambda base: base),
+}
+FLOAT = "float"
+
+
+def policy(method: str, setting: str, fields: Fields, rules: Sequence[rq.Rule] = ()) -> Any:
+    """The policy of a run, or None where the model stays in float.
+
+    Args:
+        method: a name of `METHODS`, or "float".
+        setting: the shorthand of a policy.
+        fields: by "both", "weights" and "activations": values that replace single fields of the
+            method's quantizers. `class` is the name of another estimator.
+        rules: what stays in float.
+
+    Raises:
+        LookupError: an unknown method, or an estimator that this version lacks.
+        ValueError: fields that a quantizer does not have or accept.
+    """
+    if method == FLOAT:
+        return None
+    if method not in METHODS:
+        raise LookupError(f"There is no method {method!r}. Known: {', '.join((FLOAT, *METHODS))}")
+    base = rq.QuantizationPolicy(setting, rules=rules)
+    quantizers = {}
+    for operand in OPERANDS:
+        found = getattr(base, operand)
+        changes = {**fields.get("both", {}), **fields.get(operand, {})}
+        if found is not None:
+            quantizers[operand] = _changed(METHODS[method].quantizer(found), changes)
+    return rq.QuantizationPolicy(**quantizers, rules=rules)
+
+
+def _changed(quantizer: Any, changes: Mapping[str, Any]) -> Any:
+    changes = dict(changes)
+    kind = changes.pop("class", None)
+    if kind is not None:
+        quantizer = _estimator(kind)(quantizer)
+    unknown = set(changes) - set(quantizer.get_config())
+    if unknown:
+        raise ValueError(
+            f"{type(quantizer).__name__} has no field {', '.join(sorted(unknown))}. "
+            f"It has {', '.join(quantizer.get_config())}."
+        )
+    return quantizer.replace(**changes) if changes else quantizer
+
+
+def prepare(
+    method: str, model: keras.Model, data: Callable[[], Any]
+) -> list[keras.callbacks.Callback]:
+    """Makes a quantized model ready for `fit` and returns the method's callbacks.
+
+    Args:
+        method: as in `policy`.
+        model: the quantized model.
+        data: makes inputs for `rq.calibrate`.
+    """
+    if method == FLOAT:
+        return []
+    found = METHODS[method]
+    if found.calibrates:
+        rq.calibrate(model, data())
+    return found.callbacks()

@@ -57,7 +57,8 @@ def find_range(values: Any, view: BlockView, grid: Grid, rule: str) -> Range:
     if grid.affine:
         low, width = _interval(values, view, grid, rule)
         return Range(_at_least(width * _reciprocal(grid.high - grid.low)), low)
-    return Range(_at_least(_magnitude(values, view, grid, rule) * _reciprocal(grid.high)), None)
+    reach = _magnitude(values, view, grid, rule)
+    return Range(_at_least(reach * _reciprocal(grid.high - grid.anchor)), None)
 
 
 def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any, Any]:

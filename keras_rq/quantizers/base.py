@@ -61,7 +61,8 @@ class Quantizer:
         rotation: None or "hadamard".
         trust: None, or a factor >= 0: gradients stop at elements that lie farther outside the grid
             than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge.
-        sparsity: None, "N:M", (N, M), or the fraction of zeros.
+        sparsity: None, "N:M", (N, M), "N:M-paired" (neighbours stay or go together), or the
+            fraction of zeros.
         calibration: "dynamic", the statistics of the tensor at hand.
         conv_block_size: like `block_size`, along the input channels of a convolution. "channel"
             gives one scale and offset per sample to its input and per output channel to its kernel:
@@ -123,6 +124,11 @@ class Quantizer:
             return "rms"
         return "minmax" if self.has_offset else "absmax"
 
+    @property
+    def trust_factor(self) -> float | None:
+        """`trust`, with "auto" resolved where an estimator has one."""
+        return self.trust
+
     @functools.cached_property
     def grid(self) -> Grid:
         return grid_for(self.bits, self.has_offset)
@@ -156,6 +162,11 @@ class Quantizer:
     ) -> Any:
         """Gradient to the data from the gradient to its dequantized values, before `trust`."""
         raise NotImplementedError(f"{type(self).__name__} defines no gradient.")
+
+    def is_trusted(self, rounding: Rounding, span: Range) -> Any:
+        """Where the gradient passes, if there is a `trust_factor`."""
+        reach = self.trust_factor * 0.5 * self.grid.edge_step
+        return ranges.outside(rounding.values, span, self.grid) <= reach
 
     # The forward pass.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from keras import ops
 
 import keras_rq as rq
-from keras_rq.quantizers import Ridge, StraightThrough
+from keras_rq.quantizers import QuEST, Ridge, StraightThrough
 
 ROWS = np.random.default_rng(0).normal(size=(4, 96)).astype("float32")
 UPSTREAM = np.random.default_rng(1).normal(size=ROWS.shape).astype("float32")
@@ -85,8 +86,15 @@ def quest(x: np.ndarray, bits: int, trust: float) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize(("bits", "trust"), [(1, 1.0), (2, 1.0), (1, 0.3)])
-def test_trust_is_that_of_quest(bits: int, trust: float):
-    quantizer = StraightThrough(bits, affine=False, range="rms", block_size="channel", trust=trust)
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(StraightThrough, affine=False, range="rms", block_size="channel"),
+        functools.partial(QuEST, rotation=None),
+    ],
+)
+def test_trust_is_that_of_quest(make: Any, bits: int, trust: float):
+    quantizer = make(bits, trust=trust)
     y, gradient = value_and_gradient(fake_quantizer(quantizer), ROWS, UPSTREAM)
     quantized, mask = quest(ROWS.astype(float), bits, trust)
     assert relative_error(y, quantized) < 1e-6
@@ -110,7 +118,7 @@ fields = st.fixed_dictionaries(
     {
         "bits": st.sampled_from([1, 1.5, 2, 4, 8, "fp4"]),
         "block_size": st.sampled_from([7, "channel"]),
-        "estimator": st.sampled_from([Ridge, StraightThrough]),
+        "estimator": st.sampled_from([Ridge, StraightThrough, QuEST]),
     }
 )
 
@@ -127,7 +135,7 @@ def data(largest: float) -> st.SearchStrategy[np.ndarray]:
 
 @pytest.mark.forward
 @few
-@given(fields, data(np.float32(1e30)), st.sampled_from([None, "2:4"]))
+@given(fields, data(np.float32(1e30)), st.sampled_from([None, "2:4", "4:8-paired"]))
 def test_codes_are_integers_of_the_grid(fields: dict[str, Any], x: np.ndarray, sparsity: Any):
     tensor = rq.ops.quantize(x, build(fields, sparsity=sparsity))
     codes = to_numpy(tensor.codes)
@@ -135,7 +143,8 @@ def test_codes_are_integers_of_the_grid(fields: dict[str, Any], x: np.ndarray, s
     allowed = np.array(tensor.grid.codes) * tensor.grid.code_multiplier
     assert np.isin(codes, [*allowed, 0] if sparsity else allowed).all()
     if sparsity:
-        assert (np.count_nonzero(codes.reshape(2, 5, 4), axis=-1) <= 2).all()
+        n, m = (2, 4) if sparsity == "2:4" else (4, 8)
+        assert (np.count_nonzero(codes[:, :16].reshape(2, -1, m), axis=-1) <= n).all()
 
 
 @pytest.mark.forward
@@ -245,6 +254,9 @@ QUANTIZERS = [
     Ridge("fp4", rotation="hadamard", trust=0.3),
     StraightThrough(4, range="rms", trust=1.0),
     StraightThrough(8, rotation="hadamard"),
+    QuEST(2),
+    QuEST(4, rotation=None),
+    QuEST(8, rotation=None, sparsity="4:8-paired"),
 ]
 
 

@@ -134,6 +134,10 @@ def _shaped() -> list[Case]:
         make("Ridge", 4, True, "minmax", shape=(70,), block=32),
         make("StraightThrough", 2, True, "rms", trust=0.0, shape=(4, 96), block=32),
         make("StraightThrough", 4, True, "minmax", trust=0.0, shape=(4, 96), block=32),
+        make("Ridge", 1, True, "absmean", trust=1.0, shape=(4, 96), block=32),
+        make("Ridge", 1.5, False, "absmean", shape=(4, 90), block=32),
+        make("StraightThrough", 4, False, "absmean", trust=0.0, shape=(4, 96), block="tensor"),
+        make("QuEST", 4, False, "absmean", trust=1.0, shape=(4, 96)),
     ]
 
 

@@ -129,8 +129,9 @@ def keep_mask(
 def lay_grid(v: np.ndarray, spec: Spec) -> tuple[float, float]:
     """(step, value of code 0) of the transform `f`."""
     codes = spec.codes
-    center = v.mean() if spec.affine and spec.rule == "rms" else 0.0
+    center = v.mean() if spec.affine and spec.rule in ("rms", "absmean") else 0.0
     reach = {
+        "absmean": math.sqrt(max(1, (len(codes) - 1) / 2)) * np.abs(v).mean(),
         "absmax": np.abs(v).max(),
         "rms": spec.edge * math.sqrt(np.mean((v - center) ** 2)),
         "minmax": np.nan,

@@ -13,7 +13,7 @@ from keras_rq.quantizers.base import serializable
 from keras_rq.quantizers.rule import Rounding
 from keras_rq.quantizers.straight_through import StraightThrough
 
-_RANGES = ("auto", "rms", "absmax")
+_RANGES = ("auto", "rms", "absmax", "absmean")
 _ROUNDING = 1e-5  # of half a step
 
 
@@ -36,7 +36,7 @@ class QuEST(StraightThrough):
         trust: see `Quantizer`. "auto": one half step, the authors' default, and 0.3 for one bit,
             where their runs clip at 1.3 times the level.
         block_size: see `Quantizer`; the authors have one scale per token and output channel.
-        range: "rms" (which "auto" stands for too) or "absmax".
+        range: "rms" (which "auto" stands for too), "absmax" or "absmean".
         rotation: see `Quantizer`.
         sparsity: see `Quantizer`; the authors' is "4:8-paired". The tensor is quantized first and
             pruned then. A pruned element's gradient passes if it lies within half a step of zero

@@ -17,7 +17,7 @@ from keras_rq.quantizers import Quantizer, Ridge
 
 _SHORTHAND = re.compile(
     r"(?:A(?P<activations>[0-9.]+|fp4))?W(?P<weights>[0-9.]+|fp4)"
-    r"(?:-(?P<block>[0-9]+|channel|tensor))?(?:-(?P<sparsity>[0-9]+:[0-9]+))?"
+    r"(?:-(?P<block>[0-9]+|channel|tensor))?(?:-(?P<sparsity>[0-9]+:[0-9]+(?:-paired)?))?"
 )
 _GRAMMAR = (
     "A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>], for example 'A4W1', 'A1W1-channel', "

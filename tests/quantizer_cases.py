@@ -47,10 +47,15 @@ def make(
     keep: tuple[int, int] | None = None,
     trust: float | None = None,
     rotated: bool = False,
+    paired: bool = False,
     ridge_lambda: float = 0.01,
 ) -> Case:
     fields: dict[str, Any] = {"affine": affine, "range": rule, "block_size": block, "trust": trust}
     fields |= {"sparsity": keep, "rotation": "hadamard" if rotated else None}
+    if paired:
+        fields["sparsity"] = f"{keep[0]}:{keep[1]}-paired"
+    if estimator == "QuEST":
+        del fields["affine"]
     if estimator == "Ridge":
         fields["ridge_lambda"] = ridge_lambda
     quantizer = getattr(quantizers, estimator)(bits, **fields)
@@ -63,13 +68,15 @@ def make(
         axes=axes,
         shared=shared,
         keep=keep,
+        paired=paired,
         trust=trust,
+        midrise=estimator == "QuEST",
         rotated=rotated,
         edge=quantizer.grid.gaussian_edge,  # checked in numerics/test_grids.py
     )
     words = [estimator, bits, "affine" if affine else "linear", rule, block, f"axes{axes}"]
     words += [f"shared{shared}"] if shared else []
-    words += [f"{keep[0]}:{keep[1]}"] if keep else []
+    words += [f"{keep[0]}:{keep[1]}{'-paired' if paired else ''}"] if keep else []
     words += [f"trust{trust}"] if trust is not None else []
     words += ["rotated"] if rotated else []
     name = "-".join(str(w).replace(" ", "") for w in words)
@@ -127,7 +134,37 @@ def _shaped() -> list[Case]:
         make("Ridge", 4, True, "minmax", shape=(70,), block=32),
         make("StraightThrough", 2, True, "rms", trust=0.0, shape=(4, 96), block=32),
         make("StraightThrough", 4, True, "minmax", trust=0.0, shape=(4, 96), block=32),
+        make("Ridge", 1, True, "absmean", trust=1.0, shape=(4, 96), block=32),
+        make("Ridge", 1.5, False, "absmean", shape=(4, 90), block=32),
+        make("StraightThrough", 4, False, "absmean", trust=0.0, shape=(4, 96), block="tensor"),
+        make("QuEST", 4, False, "absmean", trust=1.0, shape=(4, 96)),
     ]
 
 
-CASES = [*_dense(), *_sparse(), *_shaped()]
+def _quest() -> list[Case]:
+    """Every grid, dense and pruned; every other one rotated."""
+    sizes = itertools.cycle(("channel", 32, 7, "tensor"))
+    axes = itertools.cycle(((-1,), (0,), (2, 0)))
+    trust = itertools.cycle((1.0, 0.3, None, 1.5))
+    keep = itertools.cycle((None, (4, 8)))
+    rotated = itertools.cycle((True, True, False, False))
+    return [
+        make(
+            "QuEST",
+            bits,
+            False,
+            next(rules),
+            block=next(sizes),
+            axes=next(axes),
+            trust=next(trust),
+            keep=(pattern := next(keep)),
+            paired=pattern is not None,
+            rotated=next(rotated),
+        )
+        for rules in (itertools.cycle(("rms", "rms", "absmax")),)
+        for bits in BITS
+        for _ in range(2)
+    ]
+
+
+CASES = [*_dense(), *_sparse(), *_shaped(), *_quest()]

@@ -29,9 +29,20 @@ class Spec:
     axes: tuple[int, ...] = (-1,)
     shared: tuple[int, ...] = ()
     keep: tuple[int, int] | None = None
+    paired: bool = False
     trust: float | None = None
     rotated: bool = False
     edge: float = 1.0
+    midrise: bool = False  # QuEST
+
+    @property
+    def codes(self) -> np.ndarray:
+        """All codes in ascending order."""
+        is_midrise = self.midrise and self.bits in range(1, 9)
+        if not is_midrise or (self.bits == 8 and self.keep):
+            return levels(self.bits, self.affine)
+        half = np.arange(2**self.bits) - (2**self.bits - 1) / 2
+        return 2 * half if self.bits == 1 or self.keep else half - 0.5
 
 
 def levels(bits: Any, affine: bool) -> np.ndarray:
@@ -94,10 +105,17 @@ def hadamard(x: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
     return from_lines(rotated.reshape(lines.shape), x.shape, axes)
 
 
-def keep_mask(x: np.ndarray, keep: tuple[int, int], axes: tuple[int, ...]) -> np.ndarray:
+def keep_mask(
+    x: np.ndarray, keep: tuple[int, int], axes: tuple[int, ...], paired: bool = False
+) -> np.ndarray:
     """N:M along the lines; of equal magnitudes the earlier survives."""
     n, m = keep
     lines = np.abs(to_lines(x, axes))
+    if paired:
+        length = lines.shape[1]
+        pairs = np.hypot(lines[:, 0::2], np.pad(lines, ((0, 0), (0, length % 2)))[:, 1::2])
+        kept = keep_mask(pairs, (n // 2, m // 2), (1,))
+        return from_lines(np.repeat(kept, 2, axis=1)[:, :length], x.shape, axes)
     mask = np.zeros_like(lines)
     for start in range(0, lines.shape[1], m):
         order = np.argsort(-lines[:, start : start + m], axis=1, kind="stable")[:, :n]
@@ -110,16 +128,19 @@ def keep_mask(x: np.ndarray, keep: tuple[int, int], axes: tuple[int, ...]) -> np
 
 def lay_grid(v: np.ndarray, spec: Spec) -> tuple[float, float]:
     """(step, value of code 0) of the transform `f`."""
-    codes = levels(spec.bits, spec.affine)
-    center = v.mean() if spec.affine and spec.rule == "rms" else 0.0
+    codes = spec.codes
+    center = v.mean() if spec.affine and spec.rule in ("rms", "absmean") else 0.0
     reach = {
+        "absmean": math.sqrt(max(1, (len(codes) - 1) / 2)) * np.abs(v).mean(),
         "absmax": np.abs(v).max(),
         "rms": spec.edge * math.sqrt(np.mean((v - center) ** 2)),
         "minmax": np.nan,
     }[spec.rule]
     if not spec.affine:
         # The step is the range times the float32 reciprocal: the package's declared choice.
-        return reach * float(np.float32(1) / np.float32(codes[-1])), 0.0
+        top = (codes[-1] - codes[0]) / 2
+        step = reach * float(np.float32(1) / np.float32(top))
+        return step, step * (top - codes[-1])
     low, high = (v.min(), v.max()) if spec.rule == "minmax" else (center - reach, center + reach)
     step = (high - low) * float(np.float32(1) / np.float32(codes[-1] - codes[0]))
     return step, low - step * codes[0]
@@ -174,11 +195,11 @@ class Result:
 def quantize(x: np.ndarray, spec: Spec, codes: np.ndarray | None = None) -> Result:
     """Forward pass; with `codes`, those replace the rounding."""
     x = hadamard(x, spec.axes) if spec.rotated else x
-    mask = keep_mask(x, spec.keep, spec.axes) if spec.keep else np.ones_like(x)
+    mask = keep_mask(x, spec.keep, spec.axes, spec.paired) if spec.keep else np.ones_like(x)
     y, rounded, distance = np.empty_like(x), np.empty_like(x), np.empty_like(x)
     for at in blocks(x.shape, spec):
         step, zero = lay_grid(x[at], spec)
-        own, distance[at] = nearest((x[at] - zero) / step, levels(spec.bits, spec.affine))
+        own, distance[at] = nearest((x[at] - zero) / step, spec.codes)
         rounded[at] = own * mask[at]
         q = rounded[at] if codes is None else codes[at]
         y[at] = dequantize(x[at], q, spec, step, zero)
@@ -188,13 +209,17 @@ def quantize(x: np.ndarray, spec: Spec, codes: np.ndarray | None = None) -> Resu
 def trusted(x: np.ndarray, spec: Spec) -> np.ndarray:
     """1 where the gradient is trusted: at most `trust` half steps beyond the outermost code."""
     x = hadamard(x, spec.axes) if spec.rotated else x
-    codes, mask = levels(spec.bits, spec.affine), np.ones_like(x)
+    codes, mask = spec.codes, np.ones_like(x)
     half_step = (codes[-1] - codes[-2]) / 2
+    pruned = np.zeros(x.shape, bool)
+    if spec.midrise and spec.keep:
+        pruned = keep_mask(x, spec.keep, spec.axes, spec.paired) == 0
     for at in blocks(x.shape, spec):
         step, zero = lay_grid(x[at], spec)
         position = (x[at] - zero) / step
         beyond = np.maximum(position - codes[-1], codes[0] - position)
-        mask[at] = beyond <= spec.trust * half_step + 1e-9
+        near_zero = np.abs(x[at]) <= max(1.0, spec.trust) * half_step * step
+        mask[at] = (beyond <= spec.trust * half_step + 1e-9) & (near_zero | ~pruned[at])
     return mask
 
 

@@ -16,6 +16,9 @@ doubled when they are stored (`code_multiplier`).
 Two linear bits have no zero: with one they would be the ternary grid again, at two thirds of the
 levels (ask for `bits=1.5` if that is wanted). Where the linear grid starts is invisible to the
 affine dequantizer, which fits offset and scale itself.
+
+A *mid-rise* grid (`midrise_grid`) has all 2^b levels, symmetric around zero, and hence none at
+zero: the value of a code is `scale * (code + 1/2)`.
 """
 
 from __future__ import annotations
@@ -62,7 +65,8 @@ class Grid:
     Attributes:
         bits: the name users give it: 1, 1.5, 2 ... 8 or "fp4".
         codes: all codes in ascending order, as float values.
-        anchor: the code at the origin of the range: 0 for linear grids, for affine ones the lowest.
+        anchor: the code at the origin of the range: 0 for linear grids, for affine ones the lowest;
+            -1/2 for a mid-rise grid, where zero lies halfway between -1 and 0.
         edge_step: distance between the two outermost codes, in code units.
         gaussian_edge: where the outermost code lies on a standard normal, for the least error.
         code_multiplier: stored integer code = code * code_multiplier.
@@ -85,7 +89,7 @@ class Grid:
 
     @property
     def affine(self) -> bool:
-        return self.anchor != 0 or self.low == 0
+        return self.anchor == self.low
 
     def round(
         self,
@@ -105,6 +109,8 @@ class Grid:
             return _round_e2m1(position + self.anchor, nearest)
         if self.edge_step == 2:  # odd integers: halfway is an even integer, which goes up
             codes, shift = 2 * ops.floor(position * 0.5) + 1, 0.0
+        elif self.anchor == -0.5:  # halfway is an integer, which goes up: zero does, everywhere
+            codes, shift = ops.floor(position), 0.0
         else:
             # Round before the shift to the lowest code: adding first would move ties.
             codes, shift = nearest(position), self.anchor
@@ -177,5 +183,33 @@ def grid_for(bits: Bits, affine: bool) -> Grid:
     else:
         high, step = 2 ** (bits - 1) - 1, 1
         low = -high
+    return _uniform(bits, low, high, step, float(low) if affine else 0.0)
+
+
+def midrise_grid(bits: Bits, sparse: bool = False) -> Grid:
+    """The levels of QuEST (arXiv 2502.05003): 2^b of them, half a step and more away from zero.
+
+    Args:
+        bits: 1, 1.5, 2 to 8, or "fp4". Ternary and FP4 grids have a zero here too.
+        sparse: whether pruned elements need a code. It is 0 and no level of the grid, so the levels
+            become odd integers, up to 2^b - 1. At 8 bits those and 0 do not fit a byte: the grid
+            is then the linear one, of 255 levels with zero among them.
+
+    Returns:
+        A `Grid` for a range without an origin.
+
+    Raises:
+        ValueError: for any other `bits`.
+    """
+    bits = check_bits(bits)
+    if bits in (1.5, "fp4") or (bits == 8 and sparse):
+        return grid_for(bits, affine=False)
+    if bits == 1 or sparse:
+        high = 2**bits - 1
+        return _uniform(bits, -high, high, 2, 0.0)
+    return _uniform(bits, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, 1, -0.5)
+
+
+def _uniform(bits: Bits, low: int, high: int, step: int, anchor: float) -> Grid:
     codes = tuple(float(c) for c in range(low, high + 1, step))
-    return Grid(bits, codes, float(low) if affine else 0.0, float(step), _GAUSSIAN_EDGE[len(codes)])
+    return Grid(bits, codes, anchor, float(step), _GAUSSIAN_EDGE[len(codes)])

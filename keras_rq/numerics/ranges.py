@@ -1,14 +1,18 @@
 """Where the grid lies over the data: `f(x) = (x - origin) / scale`, one range per block.
 
-Three rules. `minmax` spans the data and is affine; `absmax` reaches the largest magnitude on both
+Four rules. `minmax` spans the data and is affine; `absmax` reaches the largest magnitude on both
 sides; `rms` reaches a number of standard deviations that is optimal for a Gaussian (QuEST,
-arXiv 2502.05003) and clips what lies beyond. No gradient flows through a range: the paper
-(arXiv 2409.09245) leaves it open, and a range that carries a gradient moves by its two outermost
-elements alone.
+arXiv 2502.05003) and clips what lies beyond; `absmean` puts the outermost of two or three levels at
+the mean magnitude (BitNet, arXiv 2310.11453 and 2402.17764) and clips likewise. For more levels,
+where BitNet has none, it reaches the square root of half the number of steps times as far. An
+affine grid lies around the mean with `rms` and `absmean`, around zero with `absmax`. No gradient
+flows through a range: the paper (arXiv 2409.09245) leaves it open, and a range that carries a
+gradient moves by its two outermost elements alone.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +21,8 @@ from keras import ops
 from keras_rq.numerics.blocks import BlockView
 from keras_rq.numerics.grids import Grid
 
-RANGES = ("minmax", "absmax", "rms")
+RANGES = ("minmax", "absmax", "rms", "absmean")
+CLIPPING = ("rms", "absmean")  # values may lie beyond the grid
 
 # Scales below the smallest normal float32 would be flushed to zero on some devices, and then
 # divided by. A block that is flatter than this has all its elements on one code.
@@ -47,7 +52,7 @@ def find_range(values: Any, view: BlockView, grid: Grid, rule: str) -> Range:
         values: float32 tensor split into blocks by `view`, zero where that holds padding.
         view: the blocks.
         grid: the codes; an affine grid gets an origin, a linear one does not.
-        rule: "minmax" (affine grids only), "absmax" or "rms".
+        rule: "minmax" (affine grids only), "absmax", "rms" or "absmean".
 
     Returns:
         A `Range` of float32 statistics, one per block, with the reduced axes kept.
@@ -57,7 +62,8 @@ def find_range(values: Any, view: BlockView, grid: Grid, rule: str) -> Range:
     if grid.affine:
         low, width = _interval(values, view, grid, rule)
         return Range(_at_least(width * _reciprocal(grid.high - grid.low)), low)
-    return Range(_at_least(_magnitude(values, view, grid, rule) * _reciprocal(grid.high)), None)
+    reach = _magnitude(values, view, grid, rule)
+    return Range(_at_least(reach * _reciprocal(grid.high - grid.anchor)), None)
 
 
 def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any, Any]:
@@ -68,13 +74,17 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
         reach = view.magnitude(values)
         return -reach, 2 * reach
     center = view.mean_of_present(values)
-    reach = grid.gaussian_edge * _root_mean_square(values - center, view)
+    # BitNet subtracts the mean from the values and not from their scale.
+    reach = _magnitude(values - center if rule == "rms" else values, view, grid, rule)
     return center - reach, 2 * reach
 
 
 def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
     if rule == "rms":
         return grid.gaussian_edge * _root_mean_square(values, view)
+    if rule == "absmean":
+        steps = len(grid.codes) - 1
+        return math.sqrt(max(1.0, steps / 2)) * view.mean_of_present(ops.abs(values))
     return view.magnitude(values)
 
 

@@ -11,23 +11,28 @@ from keras import ops
 
 from keras_rq.numerics.blocks import MergedAxes
 
+_SMALLEST = float(np.finfo(np.float32).tiny)  # keeps 0 / 0 away
+
 
 @dataclass(frozen=True)
 class NM:
     """Keep the `n` largest magnitudes of every `m` consecutive elements of the contraction axis.
 
-    A last group shorter than `m` keeps its `n` largest too.
+    A last group shorter than `m` keeps its `n` largest too. With `paired`, the elements are pairs
+    of neighbours, which stay or go together, by their 2-norm: "4:8-paired" keeps two pairs of four
+    (QuEST, arXiv 2502.05003).
     """
 
     n: int
     m: int
+    paired: bool = False
 
     @property
     def density(self) -> float:
         return self.n / self.m
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}-paired" if self.paired else f"{self.n}:{self.m}"
 
 
 @dataclass(frozen=True)
@@ -48,15 +53,15 @@ Sparsity = NM | Unstructured
 
 
 def check_sparsity(sparsity: Any) -> Sparsity | None:
-    """Parses "2:4", (2, 4) or a fraction such as 0.5.
+    """Parses "2:4", (2, 4), "4:8-paired" or a fraction such as 0.5.
 
     Raises:
         ValueError: for anything else, and for patterns that keep nothing or everything.
     """
     if sparsity is None or isinstance(sparsity, (NM, Unstructured)):
         return sparsity
-    if isinstance(sparsity, str) and (match := re.fullmatch(r"(\d+):(\d+)", sparsity)):
-        return _check_nm(int(match[1]), int(match[2]), sparsity)
+    if isinstance(sparsity, str) and (match := re.fullmatch(r"(\d+):(\d+)(-paired)?", sparsity)):
+        return _check_nm(int(match[1]), int(match[2]), sparsity, paired=bool(match[3]))
     if isinstance(sparsity, (tuple, list)) and len(sparsity) == 2:
         n, m = sparsity
         if all(isinstance(v, int) and not isinstance(v, bool) for v in (n, m)):
@@ -64,18 +69,24 @@ def check_sparsity(sparsity: Any) -> Sparsity | None:
     if isinstance(sparsity, float) and 0.0 < sparsity < 1.0:
         return Unstructured(sparsity)
     raise ValueError(
-        "`sparsity` must be 'N:M' or (N, M) with 0 < N < M (keep N of every M), or a float between "
-        f"0 and 1 (the fraction of zeros). Received: sparsity={sparsity!r}"
+        "`sparsity` must be 'N:M' or (N, M) with 0 < N < M (keep N of every M), 'N:M-paired' (the "
+        "same in pairs of neighbours), or a float between 0 and 1 (the fraction of zeros). "
+        f"Received: sparsity={sparsity!r}"
     )
 
 
-def _check_nm(n: int, m: int, received: Any) -> NM:
+def _check_nm(n: int, m: int, received: Any, paired: bool = False) -> NM:
     if not 0 < n < m:
         raise ValueError(
             f"N:M sparsity keeps N of every M elements, so it needs 0 < N < M, as in '2:4'. "
             f"Received: sparsity={received!r}"
         )
-    return NM(n, m)
+    if paired and (n % 2 or m % 2):
+        raise ValueError(
+            "Paired sparsity keeps whole pairs of neighbours, so N and M must be even, as in "
+            f"'4:8-paired'. Received: sparsity={received!r}"
+        )
+    return NM(n, m, paired)
 
 
 def keep_mask(x: Any, sparsity: Sparsity, axes: tuple[int, ...]) -> Any:
@@ -87,14 +98,16 @@ def keep_mask(x: Any, sparsity: Sparsity, axes: tuple[int, ...]) -> Any:
         axes: contraction axes, as in `Blocks.axes`; N:M groups run along them.
 
     Returns:
-        float32, shaped like `x`. Exactly N survive in each full group: of equal magnitudes the
-        earlier one. Of equal magnitudes at the unstructured threshold all survive.
+        float32, shaped like `x`. Exactly N survive in each full group: of equal magnitudes (or
+        norms of pairs) the earlier one. Of equal magnitudes at the unstructured threshold all
+        survive.
     """
     if isinstance(sparsity, Unstructured):
         return _largest_fraction(x, sparsity)
     merged = MergedAxes(tuple(x.shape), tuple(a % len(x.shape) for a in axes))
     flat = merged.merge(x)
-    return merged.unmerge(_largest_n_of_m(flat, sparsity, merged.position, merged.length))
+    largest = _largest_pairs if sparsity.paired else _largest_n_of_m
+    return merged.unmerge(largest(flat, sparsity, merged.position, merged.length))
 
 
 def _largest_fraction(x: Any, sparsity: Unstructured) -> Any:
@@ -110,11 +123,7 @@ def _largest_n_of_m(x: Any, pattern: NM, axis: int, length: int) -> Any:
     # the M slices costs M (M - 1) / 2 elementwise comparisons, which fuse, where a sort does not.
     n, m = pattern.n, pattern.m
     groups = -(-length // m)
-    magnitude = ops.abs(x)
-    if groups * m != length:
-        pads = [[0, 0] for _ in range(len(x.shape))]
-        pads[axis][1] = groups * m - length
-        magnitude = ops.pad(magnitude, pads, constant_values=-1.0)
+    magnitude = _padded(ops.abs(x), axis, groups * m - length, -1.0)
     sizes = list(ops.shape(x))
     grouped = ops.reshape(magnitude, [*sizes[:axis], groups, m, *sizes[axis + 1 :]])
     members = [grouped[(slice(None),) * (axis + 1) + (i,)] for i in range(m)]
@@ -126,4 +135,29 @@ def _largest_n_of_m(x: Any, pattern: NM, axis: int, length: int) -> Any:
             ranks[j] = ranks[j] + (1.0 - earlier_wins)
     kept = ops.stack([ops.cast(rank < n, "float32") for rank in ranks], axis=axis + 1)
     kept = ops.reshape(kept, [*sizes[:axis], groups * m, *sizes[axis + 1 :]])
-    return kept[(slice(None),) * axis + (slice(0, length),)] if groups * m != length else kept
+    return _first(kept, axis, length) if groups * m != length else kept
+
+
+def _largest_pairs(x: Any, pattern: NM, axis: int, length: int) -> Any:
+    pairs = -(-length // 2)
+    magnitude = _padded(ops.abs(x), axis, length % 2, 0.0)
+    sizes = list(ops.shape(x))
+    shape = [*sizes[:axis], pairs, 2, *sizes[axis + 1 :]]
+    both = ops.reshape(magnitude, shape)
+    # Not the root of summed squares, which leave the range of float32 before their root does.
+    larger = ops.max(both, axis=axis + 1)
+    ratio = ops.min(both, axis=axis + 1) / ops.maximum(larger, _SMALLEST)
+    norm = larger * ops.sqrt(1.0 + ratio * ratio)
+    kept = _largest_n_of_m(norm, NM(pattern.n // 2, pattern.m // 2), axis, pairs)
+    kept = ops.broadcast_to(ops.expand_dims(kept, axis + 1), shape)
+    kept = ops.reshape(kept, [*sizes[:axis], 2 * pairs, *sizes[axis + 1 :]])
+    return _first(kept, axis, length) if length % 2 else kept
+
+
+def _padded(x: Any, axis: int, missing: int, value: float) -> Any:
+    pads = [[0, missing if a == axis else 0] for a in range(len(x.shape))]
+    return ops.pad(x, pads, constant_values=value) if missing else x
+
+
+def _first(x: Any, axis: int, length: int) -> Any:
+    return x[(slice(None),) * axis + (slice(0, length),)]

@@ -54,14 +54,15 @@ class Quantizer:
             ternary, FP4 and sparse tensors, whose zero must stay zero.
         block_size: elements along the contraction axis that share statistics; "channel": all of
             them; "tensor": the whole tensor. Convolutions have `conv_block_size` instead.
-        range: "minmax", "absmax" or "rms" (see `keras_rq.numerics.ranges`). "auto": "rms" up to two
-            bits, where reaching the outliers costs more than clipping them (the paper leaves the
-            range open; digits network at A1W1: 93 % against 82 % with "minmax"); above, "minmax"
-            where there is an offset and "absmax" where there is none.
+        range: "minmax", "absmax", "rms" or "absmean" (see `keras_rq.numerics.ranges`). "auto":
+            "rms" up to two bits, where reaching the outliers costs more than clipping them (the
+            paper leaves the range open; digits network at A1W1: 93 % against 82 % with "minmax");
+            above, "minmax" where there is an offset and "absmax" where there is none.
         rotation: None or "hadamard".
         trust: None, or a factor >= 0: gradients stop at elements that lie farther outside the grid
             than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge.
-        sparsity: None, "N:M", (N, M), or the fraction of zeros.
+        sparsity: None, "N:M", (N, M), "N:M-paired" (neighbours stay or go together), or the
+            fraction of zeros.
         calibration: "dynamic", the statistics of the tensor at hand.
         conv_block_size: like `block_size`, along the input channels of a convolution. "channel"
             gives one scale and offset per sample to its input and per output channel to its kernel:
@@ -123,6 +124,11 @@ class Quantizer:
             return "rms"
         return "minmax" if self.has_offset else "absmax"
 
+    @property
+    def trust_factor(self) -> float | None:
+        """`trust`, with "auto" resolved where an estimator has one."""
+        return self.trust
+
     @functools.cached_property
     def grid(self) -> Grid:
         return grid_for(self.bits, self.has_offset)
@@ -156,6 +162,11 @@ class Quantizer:
     ) -> Any:
         """Gradient to the data from the gradient to its dequantized values, before `trust`."""
         raise NotImplementedError(f"{type(self).__name__} defines no gradient.")
+
+    def is_trusted(self, rounding: Rounding, span: Range) -> Any:
+        """Where the gradient passes, if there is a `trust_factor`."""
+        reach = self.trust_factor * 0.5 * self.grid.edge_step
+        return ranges.outside(rounding.values, span, self.grid) <= reach
 
     # The forward pass.
 
@@ -212,7 +223,7 @@ class Quantizer:
     ) -> tuple[Any, Any]:
         """Codes and noise of a tensor `x` whose blocks are `values`."""
         position = span.position(values)
-        within = self.range_rule != "rms"
+        within = self.range_rule not in ranges.CLIPPING
         codes = self.grid.round(position, within=within, nearest=view.nearest)
         if self.pattern is not None:
             codes = codes * view.split(sparsity.keep_mask(x, self.pattern, blocks.axes))
@@ -260,6 +271,11 @@ def check_nonnegative(name: str, value: Any) -> float:
     if not is_number or not 0 <= value < float("inf"):
         raise ValueError(f"`{name}` must be a finite number >= 0. Received: {name}={value!r}")
     return float(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Returns `value` or raises a `ValueError` that names the argument."""
+    return _check_choice(name, value, (True, False))
 
 
 def _check_choice(name: str, value: Any, accepted: tuple[Any, ...]) -> Any:

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_rq import backend
-from keras_rq.numerics import ranges, rotations
+from keras_rq.numerics import rotations
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.ranges import Range
 
@@ -103,10 +103,8 @@ class FakeQuantization:
         if self.unrotate:
             upstream = self._rotate(upstream)
         gradient = quantizer.gradient(rounding, fitted, view.split(upstream), view)
-        if quantizer.trust is not None:
-            reach = quantizer.trust * 0.5 * quantizer.grid.edge_step
-            trusted = ranges.outside(rounding.values, span, quantizer.grid) <= reach
-            gradient = ops.where(trusted, gradient, 0.0)
+        if quantizer.trust_factor is not None:
+            gradient = ops.where(quantizer.is_trusted(rounding, span), gradient, 0.0)
         return ops.cast(self._rotate(view.merge(gradient)), x.dtype)
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:

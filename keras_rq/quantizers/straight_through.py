@@ -38,9 +38,10 @@ class StraightThrough(Quantizer):
         return ()
 
     def line(self, span: Range, fitted: tuple[Any, ...]) -> Line:
+        shift = self.grid.anchor
         if span.origin is None:
-            return Line(span.scale, None)
-        return Line(span.scale, span.origin - span.scale * self.grid.anchor)
+            return Line(span.scale, -shift * span.scale if shift else None)
+        return Line(span.scale, span.origin - span.scale * shift)
 
     def gradient(
         self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView

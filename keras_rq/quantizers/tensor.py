@@ -69,7 +69,7 @@ class QuantizedTensor:
         """The arrays that storage needs: packed codes, a mask if sparse, scales and offsets."""
         codes = ops.convert_to_numpy(self.codes).reshape(-1)
         arrays = {"scale": ops.convert_to_numpy(self.line.scale).astype(np.float32)}
-        if self.line.offset is not None:
+        if self.line.offset is not None and self.grid.affine:  # that of a mid-rise grid is known
             arrays["offset"] = ops.convert_to_numpy(self.line.offset).astype(np.float32)
         if self.sparse:
             arrays["mask"] = np.packbits(codes != 0, bitorder="little")

@@ -14,7 +14,7 @@ from gradients import BACKEND, fake_quantizer, relative_error, to_numpy, value_a
 from keras import ops
 
 import keras_rq as rq
-from keras_rq.quantizers import Ridge, StraightThrough
+from keras_rq.quantizers import QuEST, Ridge, StraightThrough
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(6, 80)).astype("float32")
@@ -26,6 +26,7 @@ QUANTIZERS = [
     Ridge(1.5, block_size=32, sparsity="2:4"),
     Ridge(4, block_size=32, rotation="hadamard"),
     StraightThrough("fp4", block_size=32, trust=1.0),
+    QuEST(4),
 ]
 quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: repr(q)[:24])
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="JAX only")

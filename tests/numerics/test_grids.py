@@ -12,20 +12,29 @@ import reference
 from gradients import to_numpy
 from keras import ops
 
-from keras_rq.numerics.grids import SUPPORTED_BITS, check_bits, grid_for
+from keras_rq.numerics.grids import SUPPORTED_BITS, check_bits, grid_for, midrise_grid
 
 # Mean squared errors on a standard normal that QuEST publishes (methods.md, section 2.1).
 PUBLISHED_ERRORS = {2: 0.36338, 3: 0.19017, 4: 0.11885, 8: 0.03744, 16: 0.011543, 256: 8.78e-5}
 grids = pytest.mark.parametrize(
-    "grid", [grid_for(b, a) for b in SUPPORTED_BITS for a in (True, False)], ids=str
+    "grid",
+    [
+        *(grid_for(b, a) for b in SUPPORTED_BITS for a in (True, False)),
+        *(midrise_grid(b, s) for b in SUPPORTED_BITS for s in (True, False)),
+    ],
+    ids=str,
 )
 
 
 @pytest.mark.once
 @grids
 def test_codes_are_those_of_the_reference(grid: Any):
-    assert np.array_equal(grid.codes, reference.levels(grid.bits, grid.affine))
-    assert grid.anchor == (grid.low if grid.affine else 0)
+    midrise = [
+        reference.Spec(grid.bits, False, "rms", keep=k, midrise=True) for k in (None, (2, 4))
+    ]
+    known = [reference.levels(grid.bits, grid.affine), *(spec.codes for spec in midrise)]
+    assert any(np.array_equal(grid.codes, codes) for codes in known)
+    assert grid.anchor == (grid.low if grid.affine else (grid.low + grid.high) / 2)
     assert grid.edge_step == grid.codes[-1] - grid.codes[-2]
     stored = np.array(grid.codes) * grid.code_multiplier
     assert np.array_equal(stored, stored.astype("int8"))
@@ -63,6 +72,27 @@ def test_ties_go_to_the_even_step(bits: int):
 def test_ties_of_odd_codes_go_up(bits: int, ties: list[float]):
     rounded = grid_for(bits, affine=False).round(ops.convert_to_tensor(ties, dtype="float32"))
     assert np.array_equal(to_numpy(rounded), np.array(ties) + 1)
+
+
+@pytest.mark.forward
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ties_of_a_midrise_grid_go_up(bits: int):
+    grid = midrise_grid(bits)
+    ties = np.arange(grid.low + 1, grid.high + 1, dtype="float32")
+    assert np.array_equal(to_numpy(grid.round(ops.convert_to_tensor(ties))), ties)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_midrise_grid_has_all_levels_and_a_sparse_one_spares_zero(bits: int):
+    dense, sparse = midrise_grid(bits), midrise_grid(bits, sparse=True)
+    values = np.array(dense.codes) - dense.anchor
+    assert len(values) == 2**bits and np.array_equal(values, -values[::-1])
+    if bits < 8:
+        assert np.allclose(np.array(sparse.codes) * values[-1] / sparse.high, values)
+        assert 0 not in sparse.codes
+    else:
+        assert sparse == grid_for(8, affine=False)
 
 
 @pytest.mark.forward

@@ -22,16 +22,23 @@ SHAPES = (((3, 12), (-1,)), ((12, 3), (0,)), ((2, 10), (1,)), ((4, 3, 6), (2, 0)
 @given(
     st.sampled_from(SHAPES),
     st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8)]),
+    st.booleans(),
     st.integers(0, 2**32 - 1),
     st.booleans(),
 )
-def test_n_of_every_m_survive(layout: Any, pattern: tuple[int, int], seed: int, with_ties: bool):
+def test_n_of_every_m_survive(
+    layout: Any, pattern: tuple[int, int], paired: bool, seed: int, with_ties: bool
+):
     (shape, axes), (n, m) = layout, pattern
+    if paired:
+        n, m = pattern = 2 * n, 2 * m
     rng = np.random.default_rng(seed)
     x = rng.integers(-2, 3, shape) if with_ties else rng.normal(size=shape)
     x = x.astype("float32")
-    mask = to_numpy(compiled(lambda x: keep_mask(x, NM(n, m), axes))(ops.convert_to_tensor(x)))
-    assert np.array_equal(mask, reference.keep_mask(x.astype(float), pattern, axes))
+    mask = to_numpy(
+        compiled(lambda x: keep_mask(x, NM(n, m, paired), axes))(ops.convert_to_tensor(x))
+    )
+    assert np.array_equal(mask, reference.keep_mask(x.astype(float), pattern, axes, paired))
     lines = reference.to_lines(mask, axes)
     for start in range(0, lines.shape[1], m):
         group = lines[:, start : start + m]
@@ -50,6 +57,8 @@ def test_the_largest_fraction_survives(fraction: float):
 def test_notations():
     assert check_sparsity("2:4") == check_sparsity((2, 4)) == check_sparsity([2, 4]) == NM(2, 4)
     assert check_sparsity(0.75) == Unstructured(0.75) and check_sparsity(None) is None
+    assert check_sparsity("4:8-paired") == NM(4, 8, paired=True)
+    assert str(NM(4, 8, paired=True)) == "4:8-paired" and NM(4, 8, paired=True).density == 0.5
     assert str(NM(1, 4)) == "1:4" and NM(1, 4).density == 0.25
     assert str(Unstructured(0.75)) == "0.75" and Unstructured(0.75).density == 0.25
 
@@ -70,3 +79,19 @@ def test_patterns_that_keep_all_or_nothing_are_refused(sparsity: Any):
     with pytest.raises(ValueError, match="0 < N < M, as in '2:4'") as raised:
         check_sparsity(sparsity)
     assert f"Received: sparsity={sparsity!r}" in str(raised.value)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("sparsity", ["1:4-paired", "2:5-paired", "3:8-paired"])
+def test_pairs_are_not_split(sparsity: str):
+    with pytest.raises(ValueError, match="must be even, as in '4:8-paired'") as raised:
+        check_sparsity(sparsity)
+    assert f"Received: sparsity={sparsity!r}" in str(raised.value)
+
+
+@pytest.mark.forward
+@pytest.mark.parametrize("factor", [1e-30, 1e30])
+def test_pairs_are_compared_where_squares_leave_float32(factor: float):
+    x = np.random.default_rng(0).normal(size=(4, 64))
+    mask = to_numpy(keep_mask(ops.convert_to_tensor(x * factor, "float32"), NM(4, 8, True), (-1,)))
+    assert np.array_equal(mask, reference.keep_mask(x, (4, 8), (-1,), paired=True))

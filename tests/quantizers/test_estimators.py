@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from keras import ops
 
 import keras_rq as rq
-from keras_rq.quantizers import Ridge, StraightThrough
+from keras_rq.quantizers import EWGS, BitNet, QuEST, Ridge, StraightThrough
 
 ROWS = np.random.default_rng(0).normal(size=(4, 96)).astype("float32")
 UPSTREAM = np.random.default_rng(1).normal(size=ROWS.shape).astype("float32")
@@ -85,8 +86,15 @@ def quest(x: np.ndarray, bits: int, trust: float) -> tuple[np.ndarray, np.ndarra
 
 
 @pytest.mark.parametrize(("bits", "trust"), [(1, 1.0), (2, 1.0), (1, 0.3)])
-def test_trust_is_that_of_quest(bits: int, trust: float):
-    quantizer = StraightThrough(bits, affine=False, range="rms", block_size="channel", trust=trust)
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(StraightThrough, affine=False, range="rms", block_size="channel"),
+        functools.partial(QuEST, rotation=None),
+    ],
+)
+def test_trust_is_that_of_quest(make: Any, bits: int, trust: float):
+    quantizer = make(bits, trust=trust)
     y, gradient = value_and_gradient(fake_quantizer(quantizer), ROWS, UPSTREAM)
     quantized, mask = quest(ROWS.astype(float), bits, trust)
     assert relative_error(y, quantized) < 1e-6
@@ -104,13 +112,72 @@ def test_no_trust_is_lost_where_nothing_is_clipped(bits: int, rule: str):
     assert np.array_equal(gradient, x)
 
 
+BITNET = {
+    "one bit": (BitNet(1), lambda w: np.sign(w - w.mean()) * np.abs(w).mean()),
+    "one bit, activations": (
+        BitNet(1, centered=False, block_size="channel"),
+        lambda x: np.sign(x) * np.abs(x).mean(axis=1, keepdims=True),
+    ),
+    "ternary": (
+        BitNet(1.5),
+        lambda w: np.clip(np.round(w / np.abs(w).mean()), -1, 1) * np.abs(w).mean(),
+    ),
+    "8 bits": (
+        BitNet(8),
+        lambda x: (
+            np.round(x * 127 / np.abs(x).max(axis=1, keepdims=True))
+            * (np.abs(x).max(axis=1, keepdims=True) / 127)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BITNET)
+def test_bitnet_is_the_formula_of_its_papers(name: str):
+    quantizer, formula = BITNET[name]
+    x = ROWS + np.float32(0.3)
+    y, gradient = value_and_gradient(fake_quantizer(quantizer), x, UPSTREAM)
+    assert relative_error(y, formula(x.astype(float))) < 1e-6
+    assert np.array_equal(gradient, UPSTREAM)
+
+
+@pytest.mark.parametrize("delta", [0.0, 0.001, 0.5])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bits": 1},
+        {"bits": 2, "range": "minmax"},
+        {"bits": 4, "affine": False, "range": "rms"},
+        {"bits": "fp4"},
+        {"bits": 4, "sparsity": "2:4"},
+    ],
+    ids=str,
+)
+def test_ewgs_scales_gradients_by_what_was_rounded(fields: dict[str, Any], delta: float):
+    quantizer = EWGS(delta=delta, block_size="channel", **fields)
+    y, gradient = value_and_gradient(fake_quantizer(quantizer), ROWS, UPSTREAM)
+    plain = StraightThrough(block_size="channel", **fields)
+    assert relative_error(y, fake_quantize(ROWS, plain)) < 1e-6
+    grid, (_, scale, offset) = quantizer.grid, rq.ops.quantize(ROWS, plain)
+    edges = (edge * grid.code_multiplier for edge in (grid.low, grid.high))
+    low, high = (to_numpy(scale) * edge + to_numpy(offset) for edge in edges)
+    x_n, x_q = ((v - low) / (high - low) for v in (np.clip(ROWS, low, high), y))
+    expected = UPSTREAM * (1 + delta * np.sign(UPSTREAM) * (x_n - x_q))
+    inside = (low <= ROWS) & (high >= ROWS)
+    near_edge = np.minimum(np.abs(ROWS - low), np.abs(ROWS - high)) < 1e-5 * (high - low)
+    expected = np.where(inside | near_edge, expected, 0.0)
+    assert relative_error(gradient, expected) < 1e-6
+    if delta:
+        assert not np.array_equal(gradient, UPSTREAM * inside)
+
+
 # Properties of any data. Shapes are few: what varies is the data and the fields.
 
 fields = st.fixed_dictionaries(
     {
         "bits": st.sampled_from([1, 1.5, 2, 4, 8, "fp4"]),
         "block_size": st.sampled_from([7, "channel"]),
-        "estimator": st.sampled_from([Ridge, StraightThrough]),
+        "estimator": st.sampled_from([Ridge, StraightThrough, QuEST, BitNet, EWGS]),
     }
 )
 
@@ -127,7 +194,7 @@ def data(largest: float) -> st.SearchStrategy[np.ndarray]:
 
 @pytest.mark.forward
 @few
-@given(fields, data(np.float32(1e30)), st.sampled_from([None, "2:4"]))
+@given(fields, data(np.float32(1e30)), st.sampled_from([None, "2:4", "4:8-paired"]))
 def test_codes_are_integers_of_the_grid(fields: dict[str, Any], x: np.ndarray, sparsity: Any):
     tensor = rq.ops.quantize(x, build(fields, sparsity=sparsity))
     codes = to_numpy(tensor.codes)
@@ -135,7 +202,8 @@ def test_codes_are_integers_of_the_grid(fields: dict[str, Any], x: np.ndarray, s
     allowed = np.array(tensor.grid.codes) * tensor.grid.code_multiplier
     assert np.isin(codes, [*allowed, 0] if sparsity else allowed).all()
     if sparsity:
-        assert (np.count_nonzero(codes.reshape(2, 5, 4), axis=-1) <= 2).all()
+        n, m = (2, 4) if sparsity == "2:4" else (4, 8)
+        assert (np.count_nonzero(codes[:, :16].reshape(2, -1, m), axis=-1) <= n).all()
 
 
 @pytest.mark.forward
@@ -245,6 +313,12 @@ QUANTIZERS = [
     Ridge("fp4", rotation="hadamard", trust=0.3),
     StraightThrough(4, range="rms", trust=1.0),
     StraightThrough(8, rotation="hadamard"),
+    QuEST(2),
+    QuEST(4, rotation=None),
+    QuEST(8, rotation=None, sparsity="4:8-paired"),
+    BitNet(1),
+    BitNet(1.5, sparsity="2:4"),
+    EWGS(4, range="rms", trust=None),
 ]
 
 

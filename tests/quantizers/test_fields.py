@@ -10,10 +10,11 @@ import pytest
 
 from keras_rq import quantizers
 from keras_rq.numerics.blocks import Blocks
-from keras_rq.quantizers import Quantizer, Ridge, StraightThrough
+from keras_rq.quantizers import EWGS, BitNet, Quantizer, QuEST, Ridge, StraightThrough
 
 pytestmark = pytest.mark.once
 ESTIMATORS = [Ridge, StraightThrough]
+EVERY_ESTIMATOR = [*ESTIMATORS, QuEST, BitNet, EWGS]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_auto(fields: dict[str, Any], offset: bool, rule: str):
         ({"affine": 1}, ["`affine`", "affine=1"]),
         ({"block_size": 0}, ["`block_size`", "'channel'", "'tensor'", "block_size=0"]),
         ({"conv_block_size": "row"}, ["`conv_block_size`", "conv_block_size='row'"]),
-        ({"range": "std"}, ["`range`", "'minmax', 'absmax', 'rms'", "range='std'"]),
+        ({"range": "std"}, ["`range`", "'minmax', 'absmax', 'rms', 'absmean'", "range='std'"]),
         ({"rotation": "fourier"}, ["`rotation`", "'hadamard'", "rotation='fourier'"]),
         ({"trust": -0.1}, ["`trust`", ">= 0", "trust=-0.1"]),
         ({"trust": "1"}, ["`trust`", "finite number", "trust='1'"]),
@@ -73,14 +74,65 @@ def test_errors_name_argument_value_and_choices(
         assert word in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"range": "minmax"}, ["`range` of QuEST", "'auto', 'rms', 'absmax'", "range='minmax'"]),
+        ({"trust": "full"}, ["`trust`", "finite number >= 0", "trust='full'"]),
+        ({"bits": 16}, ["`bits`", "bits=16"]),
+        ({"sparsity": "3:8-paired"}, ["must be even", "sparsity='3:8-paired'"]),
+    ],
+    ids=str,
+)
+def test_errors_of_quest_name_argument_value_and_choices(fields: dict[str, Any], words: list[str]):
+    with pytest.raises(ValueError) as raised:
+        QuEST(**{"bits": 4, **fields})
+    for word in words:
+        assert word in str(raised.value)
+
+
+@pytest.mark.parametrize("bits", [1, 1.5, 2, 4, 8, "fp4"])
+def test_trust_of_quest_is_half_a_step_and_less_at_one_bit(bits: Any):
+    assert QuEST(bits).trust_factor == (0.3 if bits == 1 else 1.0)
+    assert QuEST(8).replace(bits=bits).trust_factor == QuEST(bits).trust_factor
+    assert QuEST(bits, trust=0.5).trust_factor == 0.5
+    assert QuEST(bits, trust=None).trust_factor is None
+
+
+@pytest.mark.parametrize(("estimator", "field"), [(Ridge, "ridge_lambda"), (EWGS, "delta")])
 @pytest.mark.parametrize("value", [-1, float("nan"), "0.01", True, None])
-def test_ridge_lambda_is_checked(value: Any):
-    with pytest.raises(ValueError, match="`ridge_lambda` must be a finite number >= 0") as raised:
-        Ridge(4, ridge_lambda=value)
-    assert f"ridge_lambda={value!r}" in str(raised.value)
+def test_weights_of_an_estimator_are_checked(estimator: type, field: str, value: Any):
+    with pytest.raises(ValueError, match=f"`{field}` must be a finite number >= 0") as raised:
+        estimator(4, **{field: value})
+    assert f"{field}={value!r}" in str(raised.value)
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    ("quantizer", "offset", "rule", "size"),
+    [
+        (BitNet(1), True, "absmean", "tensor"),
+        (BitNet(1, centered=False), False, "absmean", "tensor"),
+        (BitNet(1, sparsity="2:4"), False, "absmean", "tensor"),
+        (BitNet(1.5), False, "absmean", "tensor"),
+        (BitNet(8), False, "absmax", "channel"),
+        (BitNet(8).replace(bits=1.5), False, "absmean", "channel"),
+        (BitNet("fp4", block_size=32, range="rms"), False, "rms", 32),
+    ],
+    ids=repr,
+)
+def test_auto_of_bitnet(quantizer: BitNet, offset: bool, rule: str, size: Any):
+    assert quantizer.has_offset is quantizer.grid.affine is offset
+    assert quantizer.range_rule == rule and quantizer.block_size == size
+
+
+@pytest.mark.parametrize("value", [1, None, "auto"])
+def test_centered_is_checked(value: Any):
+    with pytest.raises(ValueError, match="`centered` must be one of") as raised:
+        BitNet(1, centered=value)
+    assert f"centered={value!r}" in str(raised.value)
+
+
+@pytest.mark.parametrize("estimator", EVERY_ESTIMATOR)
 def test_numbers_of_numpy_are_numbers(estimator: type[Quantizer]):
     assert estimator(np.int64(4), trust=np.float32(0.5), block_size=np.int32(8)) == estimator(
         4, trust=0.5, block_size=8
@@ -92,6 +144,10 @@ QUANTIZERS = [
     Ridge("FP4", ridge_lambda=0.5, trust=0.3, rotation="hadamard", range="rms"),
     Ridge(1.5, sparsity=(1, 4), block_size="tensor", conv_block_size=8),
     StraightThrough(8, affine=False, sparsity=0.5, block_size="channel"),
+    QuEST(1),
+    BitNet(1, centered=False, rotation="hadamard"),
+    EWGS(4, delta=0.01, trust=None, affine=False),
+    QuEST("fp4", trust=None, rotation=None, range="absmax", sparsity="4:8-paired", block_size=64),
 ]
 
 

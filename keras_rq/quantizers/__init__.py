@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from keras_rq.quantizers.base import Quantizer
+from keras_rq.quantizers.learned_step import LearnedStep
 from keras_rq.quantizers.ridge import Ridge
 from keras_rq.quantizers.straight_through import StraightThrough
 
-__all__ = ["Quantizer", "Ridge", "StraightThrough", "get"]
+__all__ = ["LearnedStep", "Quantizer", "Ridge", "StraightThrough", "get"]
 
 
 def get(spec: Any) -> Quantizer | None:

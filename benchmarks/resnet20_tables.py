@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import accuracy
-import resnet20
 from resnet20 import AUTHORS, METHODS, SETTINGS, Plans
 from rows import Row
 from summary import table

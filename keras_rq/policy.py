@@ -36,14 +36,17 @@ class LayerQuantization:
         weights: quantizer of the layer's kernels.
         activations: quantizer of the layer's inputs.
         forward: None, or "int8": the forward product runs on integers (see `QuantizationPolicy`).
+        is_calibrated: whether the layer's variables hold ranges of its inputs.
     """
 
     weights: Quantizer | None
     activations: Quantizer | None
     forward: str | None = None
+    is_calibrated: bool = False
 
     def get_config(self) -> dict[str, Any]:
-        return {
+        calibrated = {"is_calibrated": True} if self.is_calibrated else {}
+        return calibrated | {
             "version": _VERSION,
             "weights": _serialize(self.weights),
             "activations": _serialize(self.activations),
@@ -53,9 +56,13 @@ class LayerQuantization:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LayerQuantization:
         names = ("weights", "activations", "forward")
+        is_calibrated = isinstance(config, dict) and config.get("is_calibrated", False) is True
+        if is_calibrated:
+            config = {name: value for name, value in config.items() if name != "is_calibrated"}
         fields = _checked_fields(config, "a layer's quantization", names)
         forward = _check_forward(fields.pop("forward"))
-        return cls(**{name: _deserialize(value) for name, value in fields.items()}, forward=forward)
+        operands = {name: _deserialize(value) for name, value in fields.items()}
+        return cls(**operands, forward=forward, is_calibrated=is_calibrated)
 
 
 class Rule:

@@ -14,9 +14,9 @@ def kernels_wanted() -> bool:
     return os.environ.get("KERAS_RQ_KERNELS") != "0"
 
 
-def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str) -> Any:
-    """`owner.method(x, parameter, name)`."""
-    return getattr(owner, method)(x, parameter, name)
+def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str, *more: Any) -> Any:
+    """`owner.method(x, parameter, name, *more)`; all that carries a gradient is passed."""
+    return getattr(owner, method)(x, parameter, name, *more)
 
 
 def make_known(owner: Any) -> None:

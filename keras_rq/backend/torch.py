@@ -20,16 +20,21 @@ _OWNERS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 def call_in_graph(
-    owner: Any, method: str, x: torch.Tensor, parameter: torch.Tensor, name: str
+    owner: Any,
+    method: str,
+    x: torch.Tensor,
+    parameter: torch.Tensor,
+    name: str,
+    *more: torch.Tensor,
 ) -> torch.Tensor:
-    """`owner.method(x, parameter, name)`, which `torch.compile` runs instead of reading it.
+    """`owner.method(x, parameter, name, *more)`, which `torch.compile` runs instead of reading it.
 
     Its reader of Python would break the graph at many lines of a rule. Run on placeholders, as
     JAX traces, the method leaves its array operations in the graph and nothing else.
     """
     if not torch.compiler.is_compiling():
-        return getattr(owner, method)(x, parameter, name)
-    return _traced_by_running(x, parameter, owner.__dict__["_rq_number"], method, name)
+        return getattr(owner, method)(x, parameter, name, *more)
+    return _traced_by_running(x, parameter, owner.__dict__["_rq_number"], method, name, *more)
 
 
 def make_known(owner: Any) -> None:
@@ -40,11 +45,16 @@ def make_known(owner: Any) -> None:
 
 @torch.compiler.allow_in_graph
 def _traced_by_running(
-    x: torch.Tensor, parameter: torch.Tensor, number: int, method: str, name: str
+    x: torch.Tensor,
+    parameter: torch.Tensor,
+    number: int,
+    method: str,
+    name: str,
+    *more: torch.Tensor,
 ) -> torch.Tensor:
     token = _IN_GRAPH.set(True)
     try:
-        return getattr(_OWNERS[number], method)(x, parameter, name)
+        return getattr(_OWNERS[number], method)(x, parameter, name, *more)
     finally:
         _IN_GRAPH.reset(token)
 

@@ -2,20 +2,24 @@
 
 A quantized class is `class QuantizedX(QuantizedLayer, keras.layers.X)`. It has the variables of X
 and no others, so optimizer states, checkpoints and parameter counts are those of the float layer.
+Quantizers that learn, or have static ranges, add theirs (`keras_rq.layers.parameters`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import keras
 from keras import ops
 from keras.src.backend import AutocastScope
 from keras.src.backend.common import global_state
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rq import backend
+from keras_rq.layers import parameters
 from keras_rq.layers.integer import IntegerForward, reason_for_float
 from keras_rq.layers.products import Product
 from keras_rq.policy import LayerQuantization
@@ -41,6 +45,40 @@ class QuantizedLayer:
         """Sets what the layer does with its operands."""
         self.quantization = quantization
         backend.make_known(self)
+        if self.built:
+            parameters.create(self)
+
+    def drop_quantization(self) -> None:
+        """Undoes `take_quantization`, before the layer gets its Keras class back."""
+        parameters.release(self)
+        self.__dict__.pop("quantization", None)
+
+    def _post_build(self) -> None:
+        parameters.create(self)
+        super()._post_build()
+
+    def _track_variable(self, variable: Any) -> None:
+        super()._track_variable(variable)
+        parameters.keep_last(self)
+
+    def save_own_variables(self, store: Any) -> None:
+        own: dict[str, Any] = {}
+        with parameters.aside(self):
+            super().save_own_variables(own)
+        for key, value in own.items():
+            store[key] = value
+        parameters.save(self, store)
+
+    def load_own_variables(self, store: Any) -> None:
+        with parameters.aside(self):
+            super().load_own_variables(parameters.without_ours(store))
+        parameters.load(self, store)
+        if parameters.inputs_of(self):
+            self.mark_calibrated(parameters.are_known(self))
+
+    def mark_calibrated(self, is_calibrated: bool = True) -> None:
+        """Says whether the layer's variables hold ranges of its inputs."""
+        self.quantization = replace(self.quantization, is_calibrated=is_calibrated)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "quantization": self.quantization.get_config()}
@@ -67,12 +105,17 @@ class QuantizedLayer:
 
     def multiply_quantized(self, name: str, x: Any) -> Any:
         """What `multiply` does when nothing stands in for it."""
-        x = ops.convert_to_tensor(x)
-        return backend.call_in_graph(self, "multiply_by", x, self.float32_kernel(name), name)
+        self._require_calibration()
+        x, values = ops.convert_to_tensor(x), parameters.of_kernel(self, name).values()
+        kernel = self.float32_kernel(name)
+        return backend.call_in_graph(self, "multiply_by", x, kernel, name, *values)
 
-    def multiply_by(self, x: Any, master: Any, name: str) -> Any:
-        """The product of an input and the float32 kernel `master`, called `name`."""
-        product = self.products()[name]
+    def multiply_by(self, x: Any, master: Any, name: str, *values: Any) -> Any:
+        """The product of an input and the float32 kernel `master`, called `name`.
+
+        `values` are those of the quantizers' parameters.
+        """
+        product, given = self.products()[name], parameters.of_kernel(self, name).named(values)
         weights, activations = self.quantization.weights, self.quantization.activations
         kernel = master
         # Rotated alike, the operands keep their product: no way back is needed.
@@ -82,16 +125,43 @@ class QuantizedLayer:
             blocks = product.kernel_blocks(weights)
             kernel = once_per_call(
                 (id(self), name, alike),
-                lambda: weights.fake_quantize(master, blocks, unrotate=not alike),
+                lambda: weights.fake_quantize(master, blocks, given.weights, unrotate=not alike),
             )
         kernel = ops.cast(kernel, x.dtype)
         if activations is None:
             return product.apply(x, kernel)
-        rule = activations.rule(x.shape, product.input_blocks(activations), unrotate=not alike)
         forward = None
         if self.quantization.forward == "int8" and not reason_for_float(product, self.quantization):
             forward = IntegerForward.create(product, self.quantization, ops.stop_gradient(master))
-        return backend.product_with_gradient(rule, x, kernel, product.apply, forward)
+        return activations.multiply(
+            x,
+            kernel,
+            product.apply,
+            product.input_blocks(activations),
+            given.inputs,
+            unrotate=not alike,
+            forward=forward,
+        )
+
+    def kernel_parameters(self, name: str) -> dict[str, Any]:
+        """Values of the variables that the quantizer of the kernel `name` has, by name."""
+        of = parameters.of_kernel(self, name)
+        return of.named(of.values()).weights
+
+    def input_parameters(self, name: str) -> dict[str, Any]:
+        """Values of the variables that the quantizer of the input that meets kernel `name` has."""
+        of = parameters.of_kernel(self, name)
+        return of.named(of.values()).inputs
+
+    def _require_calibration(self) -> None:
+        if self.quantization.is_calibrated or in_symbolic_scope():
+            return
+        if parameters.inputs_of(self):
+            raise ValueError(
+                f"Layer {self.path!r} has no range for its input yet: "
+                f"{self.quantization.activations!r} takes it from data. Call "
+                "keras_rq.calibrate(model, data) with some batches of training data first."
+            )
 
     def float32_kernel(self, name: str) -> Any:
         """The master kernel: quantizers see it before any cast to the compute dtype."""

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.parameters import of_kernel
 from keras_rq.layers.products import Einsum, Lookup, MatMul, Product
 from keras_rq.layers.registry import quantizes
 from keras_rq.numerics.sparsity import Unstructured
@@ -50,6 +51,7 @@ class QuantizedEmbedding(QuantizedLayer, keras.layers.Embedding):
     """`keras.layers.Embedding` with a quantized table; its input are indices.
 
     Blocks run along each row: a row is looked up first and then quantized, with the same result.
+    A quantizer with variables of its own quantizes the whole table.
     """
 
     def products(self) -> dict[str, Product]:
@@ -60,11 +62,12 @@ class QuantizedEmbedding(QuantizedLayer, keras.layers.Embedding):
             inputs = ops.cast(inputs, "int32")
         return ops.cast(self.multiply("embeddings", inputs), self.compute_dtype)
 
-    def multiply_by(self, x: Any, master: Any, name: str) -> Any:
+    def multiply_by(self, x: Any, master: Any, name: str, *values: Any) -> Any:
         product, quantizer = self.products()[name], self.quantization.weights
         if quantizer is None:
             return product.apply(x, master)
         blocks = product.kernel_blocks(quantizer)
-        if blocks.size == "tensor" or isinstance(quantizer.pattern, Unstructured):
-            return product.apply(x, quantizer.fake_quantize(master, blocks))
+        given = of_kernel(self, name).named(values).weights
+        if given or blocks.size == "tensor" or isinstance(quantizer.pattern, Unstructured):
+            return product.apply(x, quantizer.fake_quantize(master, blocks, given))
         return quantizer.fake_quantize(product.apply(x, master), blocks)

@@ -19,6 +19,8 @@ def reason_for_float(product: Product, quantization: LayerQuantization) -> str |
     weights, activations = quantization.weights, quantization.activations
     if weights is None or activations is None:
         return "only one of its operands is quantized"
+    if weights.has_parameters or activations.has_parameters:
+        return "a quantizer has variables of its own"
     if not isinstance(product, MatMul):
         return "it is no plain matrix product"
     if "fp4" in (weights.bits, activations.bits):

@@ -43,16 +43,16 @@ class Product:
 
     def input_blocks(self, quantizer: Quantizer) -> Blocks:
         """Which elements of the input share statistics."""
-        return self._blocks(quantizer, self.input_axes, self.input_shared)
+        return self._blocks(quantizer.input_blocks, self.input_axes, self.input_shared)
 
     def kernel_blocks(self, quantizer: Quantizer) -> Blocks:
         """Which elements of the kernel share statistics."""
-        return self._blocks(quantizer, self.kernel_axes, self.kernel_shared)
+        return self._blocks(quantizer.blocks, self.kernel_axes, self.kernel_shared)
 
     def _blocks(
-        self, quantizer: Quantizer, axes: tuple[int, ...], shared: tuple[int, ...]
+        self, of: Callable[..., Blocks], axes: tuple[int, ...], shared: tuple[int, ...]
     ) -> Blocks:
-        blocks = quantizer.blocks(axes, shared, convolution=self.is_convolution)
+        blocks = of(axes, shared, convolution=self.is_convolution)
         return blocks if self.can_block or blocks.size == "tensor" else blocks.by_channel
 
     def apply(self, x: Any, kernel: Any) -> Any:

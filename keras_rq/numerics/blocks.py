@@ -151,6 +151,16 @@ class BlockView:
         return self.shape
 
     @property
+    def _laid_open(self) -> tuple[int | None, ...]:
+        """Shape of the split tensor, padding included."""
+        return self.shape
+
+    @property
+    def statistic_shape(self) -> tuple[int | None, ...]:
+        """Shape of a statistic with one entry per block, reduced axes kept."""
+        return tuple(1 if a in self.reduced else n for a, n in enumerate(self._laid_open))
+
+    @property
     def extents(self) -> tuple[int, int, int] | None:
         """`(outer, block, inner)` if the split tensor, so reshaped, has its blocks on one axis.
 
@@ -299,8 +309,10 @@ class _SplitView(BlockView):
 
     @property
     def split_shape(self) -> tuple[int | None, ...] | None:
-        if self._padding:
-            return None
+        return None if self._padding else self._laid_open
+
+    @property
+    def _laid_open(self) -> tuple[int | None, ...]:
         kept = [self.shape[a] for a in self.merged._order if a not in self.merged.axes]
         at = self.merged.position
         return (*kept[:at], self.blocks, self.block, *kept[at:])

@@ -66,6 +66,17 @@ def find_range(values: Any, view: BlockView, grid: Grid, rule: str) -> Range:
     return Range(_at_least(reach * _reciprocal(grid.high - grid.anchor)), None)
 
 
+def range_over(low: float, high: float, grid: Grid) -> Range:
+    """Lays a grid over a given interval; a linear one over the larger of its two sides."""
+    if grid.affine:
+        span = max((high - low) / (grid.high - grid.low), _SMALLEST), low
+    else:
+        span = max(abs(low), abs(high), _SMALLEST) / grid.high, None
+    return Range(
+        *(part if part is None else ops.convert_to_tensor(part, "float32") for part in span)
+    )
+
+
 def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any, Any]:
     if rule == "minmax":
         low = view.min(values)

@@ -7,11 +7,21 @@ from typing import Any
 from keras_rq.quantizers.base import Quantizer
 from keras_rq.quantizers.bitnet import BitNet
 from keras_rq.quantizers.ewgs import EWGS
+from keras_rq.quantizers.learned_step import LearnedStep
 from keras_rq.quantizers.quest import QuEST
 from keras_rq.quantizers.ridge import Ridge
 from keras_rq.quantizers.straight_through import StraightThrough
 
-__all__ = ["EWGS", "BitNet", "QuEST", "Quantizer", "Ridge", "StraightThrough", "get"]
+__all__ = [
+    "EWGS",
+    "BitNet",
+    "LearnedStep",
+    "QuEST",
+    "Quantizer",
+    "Ridge",
+    "StraightThrough",
+    "get",
+]
 
 
 def get(spec: Any) -> Quantizer | None:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import keras
 from keras import ops
 
 from keras_rq import backend
+from keras_rq.backend.rule import Forward
 from keras_rq.numerics import ranges, rotations, sparsity
 from keras_rq.numerics.blocks import Blocks, BlockView, check_block_size
 from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.grids import Bits, Grid, check_bits, grid_for
 from keras_rq.numerics.ranges import Range
-from keras_rq.quantizers.rule import FakeQuantization, Rounding
+from keras_rq.quantizers import parametric, static
+from keras_rq.quantizers.parameters import Observation, Parameter
+from keras_rq.quantizers.parametric import Parameters
+from keras_rq.quantizers.rule import FakeQuantization, Rounding, cast_within
 from keras_rq.quantizers.tensor import QuantizedTensor
 
 
@@ -63,7 +67,9 @@ class Quantizer:
             than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge.
         sparsity: None, "N:M", (N, M), "N:M-paired" (neighbours stay or go together), or the
             fraction of zeros.
-        calibration: "dynamic", the statistics of the tensor at hand.
+        calibration: "dynamic", the statistics of the tensor at hand; "static", for inputs of
+            layers: one range and one dequantizer for the whole tensor, whatever `block_size` says,
+            fixed by `keras_rq.calibrate` (see `keras_rq.quantizers.static`).
         conv_block_size: like `block_size`, along the input channels of a convolution. "channel"
             gives one scale and offset per sample to its input and per output channel to its kernel:
             only then does it remain one integer convolution. An integer lowers to a sum of them.
@@ -92,7 +98,7 @@ class Quantizer:
         self.rotation = rotations.check_rotation(rotation)
         self.trust = None if trust is None else check_nonnegative("trust", trust)
         self.sparsity = _sparsity_text(sparsity)
-        self.calibration = _check_choice("calibration", calibration, ("dynamic",))
+        self.calibration = _check_choice("calibration", calibration, ("dynamic", "static"))
         self.conv_block_size = check_block_size(conv_block_size, "conv_block_size")
         if affine is True and self.sparsity is not None:
             raise ValueError(
@@ -147,6 +153,63 @@ class Quantizer:
             size = self.conv_block_size
         return Blocks(tuple(axes), tuple(shared), size)
 
+    def input_blocks(
+        self, axes: Sequence[int], shared: Sequence[int] = (), *, convolution: bool = False
+    ) -> Blocks:
+        """`blocks` of the input of a layer: variables of one's own hold for the whole tensor."""
+        if self.has_parameters:
+            return Blocks(tuple(axes), tuple(shared), "tensor")
+        return self.blocks(axes, shared, convolution=convolution)
+
+    # Variables of its own, which the layer keeps. A quantizer that learns overrides all of these.
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether the layer keeps variables for it, rather than statistics of the data at hand."""
+        return self.calibration == "static"
+
+    def kernel_parameters(self, view: BlockView) -> dict[str, Parameter]:
+        """The variables it needs to quantize a kernel whose blocks are `view`, by name.
+
+        Raises:
+            ValueError: if it cannot quantize kernels.
+        """
+        if self.calibration == "static":
+            raise ValueError(
+                "calibration='static' fixes the range of inputs; a kernel is at hand whenever it "
+                f"is quantized. Received: weights={self!r}. Use calibration='dynamic'."
+            )
+        return {}
+
+    def input_parameters(self) -> dict[str, Parameter]:
+        """The variables it needs to quantize the input of a layer, all of shape `()`, by name.
+
+        Raises:
+            ValueError: if it cannot quantize inputs.
+        """
+        return static.parameters(self) if self.calibration == "static" else {}
+
+    def initial(self, values: Any, view: BlockView) -> Parameters:
+        """Parameters that suit a float32 tensor at hand (rotated, split by `view`)."""
+        return static.initial(self, values, view)
+
+    def calibrated(self, seen: Observation) -> dict[str, Any]:
+        """Parameters of an input, of shape `()`, from what calibration has seen of it."""
+        return static.calibrated(self, seen)
+
+    def encode_with(self, values: Any, view: BlockView, parameters: Parameters) -> tuple[Any, Line]:
+        """Codes of a float32 tensor (rotated, split by `view`), and what they stand for."""
+        return static.encode(self, values, view, parameters)
+
+    def slopes(
+        self, values: Any, codes: Any, view: BlockView, parameters: Parameters
+    ) -> tuple[Any, dict[str, Any]]:
+        """Derivatives of the dequantized values to `values` and, by name, to the parameters.
+
+        Element by element; the codes are those of `encode_with`.
+        """
+        return static.slopes(self, values, parameters)
+
     # The estimator.
 
     def fit(self, codes: Any, noise: Any, view: BlockView) -> tuple[Any, ...]:
@@ -170,12 +233,21 @@ class Quantizer:
 
     # The forward pass.
 
-    def fake_quantize(self, x: Any, blocks: Blocks, *, unrotate: bool = True) -> Any:
+    def fake_quantize(
+        self,
+        x: Any,
+        blocks: Blocks,
+        parameters: Parameters | None = None,
+        *,
+        unrotate: bool = True,
+    ) -> Any:
         """Quantizes and dequantizes, with this estimator's gradient.
 
         Args:
             x: float tensor of any float dtype; statistics are taken in float32.
             blocks: which elements share statistics.
+            parameters: the values of the quantizer's own variables, if it has any. Left out, they
+                are what suits `x`, and constants.
             unrotate: undo `rotation` afterwards. A product of two operands that are rotated alike
                 needs no way back.
 
@@ -183,7 +255,39 @@ class Quantizer:
             A tensor of the shape and dtype of `x`.
         """
         x = ops.convert_to_tensor(x)
-        return backend.with_gradient(self.rule(x.shape, blocks, unrotate=unrotate), x)
+        if not self.has_parameters:
+            return backend.with_gradient(self.rule(x.shape, blocks, unrotate=unrotate), x)
+        rotated = self.rotate(ops.cast(x, "float32"), blocks)
+        values = parametric.fake_quantize(self, rotated, blocks, parameters)
+        return cast_within(self.rotate(values, blocks) if unrotate else values, x.dtype)
+
+    def multiply(
+        self,
+        x: Any,
+        kernel: Any,
+        product: Callable[[Any, Any], Any],
+        blocks: Blocks,
+        parameters: Parameters | None = None,
+        *,
+        unrotate: bool = True,
+        forward: Forward | None = None,
+    ) -> Any:
+        """`product(fake_quantize(x), kernel)`, where `product` is linear in both.
+
+        Args:
+            x: see `fake_quantize`.
+            kernel: the other operand.
+            product: what multiplies them.
+            blocks: see `fake_quantize`.
+            parameters: see `fake_quantize`.
+            unrotate: see `fake_quantize`.
+            forward: another way to compute the forward pass, for quantizers without parameters.
+        """
+        if self.has_parameters:
+            quantized = self.fake_quantize(x, blocks, parameters, unrotate=unrotate)
+            return product(quantized, kernel)
+        rule = self.rule(x.shape, blocks, unrotate=unrotate)
+        return backend.product_with_gradient(rule, x, kernel, product, forward)
 
     def rule(
         self, shape: tuple[int | None, ...], blocks: Blocks, *, unrotate: bool = True
@@ -191,24 +295,38 @@ class Quantizer:
         """The two passes of `fake_quantize` over a tensor of `shape`, for a backend to run."""
         return FakeQuantization(self, blocks.view(tuple(shape)), blocks, unrotate)
 
-    def quantize(self, x: Any, blocks: Blocks) -> QuantizedTensor:
+    def quantize(
+        self, x: Any, blocks: Blocks, parameters: Parameters | None = None
+    ) -> QuantizedTensor:
         """Codes, scales and offsets of a tensor, ready to be stored."""
-        x = ops.convert_to_tensor(x, dtype="float32")
-        if self.rotation is not None:
-            x = rotations.hadamard(x, blocks.axes, backend.float32_matmul)
+        x = self.rotate(ops.convert_to_tensor(x, dtype="float32"), blocks)
         view = blocks.view(x.shape)
-        encoding = self.encode(x, view, blocks)
+        codes, line = self.codes_and_line(x, view, blocks, parameters)
         multiplier = self.grid.code_multiplier
-        codes = view.merge(encoding.codes) * multiplier
         return QuantizedTensor(
-            codes=ops.cast(codes, "int8"),
-            line=encoding.line.for_multiplied_codes(multiplier),
+            codes=ops.cast(view.merge(codes) * multiplier, "int8"),
+            line=line.for_multiplied_codes(multiplier),
             view=view,
             axes=blocks.axes,
             grid=self.grid,
             rotated=self.rotation is not None,
             sparse=self.pattern is not None,
         )
+
+    def rotate(self, x: Any, blocks: Blocks) -> Any:
+        """`rotation`, which is its own inverse, along the contraction."""
+        if self.rotation is None:
+            return x
+        return rotations.hadamard(x, blocks.axes, backend.float32_matmul)
+
+    def codes_and_line(
+        self, x: Any, view: BlockView, blocks: Blocks, parameters: Parameters | None = None
+    ) -> tuple[Any, Line]:
+        """Float32 codes and the line of every block, of a float32 tensor (already rotated)."""
+        if self.has_parameters:
+            return parametric.encode(self, x, view, blocks, parameters)
+        encoding = self.encode(x, view, blocks)
+        return encoding.codes, encoding.line
 
     def encode(self, x: Any, view: BlockView, blocks: Blocks) -> Encoding:
         """Quantizes a float32 tensor (already rotated)."""

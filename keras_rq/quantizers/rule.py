@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_rq import backend
-from keras_rq.numerics import rotations
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.ranges import Range
 
@@ -119,19 +117,18 @@ class FakeQuantization:
 
     def _values(self, codes: Any, line: Any, dtype: Any) -> Any:
         values = self.view.merge(line(codes))
-        return _cast_within(self._rotate(values) if self.unrotate else values, dtype)
+        return cast_within(self._rotate(values) if self.unrotate else values, dtype)
 
     def _rotated(self, x: Any) -> Any:
         # In float32: rotated sums of float16 values overflow.
         return self._rotate(ops.cast(x, "float32"))
 
     def _rotate(self, x: Any) -> Any:
-        if self.quantizer.rotation is None:
-            return x
-        return rotations.hadamard(x, self.blocks.axes, backend.float32_matmul)
+        return self.quantizer.rotate(x, self.blocks)
 
 
-def _cast_within(values: Any, dtype: Any) -> Any:
+def cast_within(values: Any, dtype: Any) -> Any:
+    """A cast that keeps within the largest float16."""
     # A fitted line may reach beyond the data, and the largest float16 is only 65504.
     narrow = keras.backend.standardize_dtype(dtype) == "float16"
     return ops.saturate_cast(values, dtype) if narrow else ops.cast(values, dtype)

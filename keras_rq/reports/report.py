@@ -171,12 +171,14 @@ def _row(layer: keras.layers.Layer, reason: str | None) -> Row:
     quantization = layer.quantization if isinstance(layer, QuantizedLayer) else _FLOAT
     kernels = {name: _value(getattr(layer, name)) for name in products_of(layer)}
     costs = [
-        _kernel_cost(kernels[name], quantization.weights, product)
+        _kernel_cost(kernels[name], quantization.weights, product, _parameters(layer, name))
         for name, product in products_of(layer).items()
     ]
     elements = sum(kernel.size for kernel in kernels.values())
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
     parameters = max(sum(math.prod(variable.shape) for variable in own), elements)
+    # A learned step of a kernel is the scale that is stored with its codes: counted there.
+    learned = sum(v.size for name in kernels for v in _parameters(layer, name).values())
     stored = sum(cost.nbytes for cost in costs)
     pattern = quantization.weights.pattern if quantization.weights else None
     return Row(
@@ -187,7 +189,7 @@ def _row(layer: keras.layers.Layer, reason: str | None) -> Row:
         sparsity=1.0 - pattern.density if pattern else 0.0,
         parameters=parameters,
         kernel_elements=elements,
-        nbytes=stored + _FLOAT_BITS // 8 * (parameters - elements),
+        nbytes=stored + _FLOAT_BITS // 8 * (parameters - elements - learned),
         bits_per_element=8.0 * stored / elements if elements else None,
         energy=_energy(layer, quantization, kernels),
         sqnr_db=_decibels(costs) if quantization.weights else None,
@@ -201,10 +203,21 @@ class _Cost(NamedTuple):
     noise: float
 
 
-def _kernel_cost(kernel: np.ndarray, quantizer: Quantizer | None, product: Product) -> _Cost:
+def _parameters(layer: keras.layers.Layer, name: str) -> dict[str, np.ndarray]:
+    if not isinstance(layer, QuantizedLayer):
+        return {}
+    return {key: _value(value) for key, value in layer.kernel_parameters(name).items()}
+
+
+def _kernel_cost(
+    kernel: np.ndarray,
+    quantizer: Quantizer | None,
+    product: Product,
+    parameters: dict[str, np.ndarray],
+) -> _Cost:
     if quantizer is None:
         return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)
-    quantized = quantizer.quantize(kernel, product.kernel_blocks(quantizer))
+    quantized = quantizer.quantize(kernel, product.kernel_blocks(quantizer), parameters)
     error = ops.convert_to_numpy(quantized.dequantize()).astype(np.float64) - kernel
     return _Cost(
         quantized.nbytes,

@@ -23,7 +23,7 @@ from keras_rq.layers.registry import (
     supported_layers,
 )
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
-from keras_rq.training import containers
+from keras_rq.training import containers, optimizers
 
 Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
 
@@ -212,9 +212,10 @@ def _check_fit(layer: keras.layers.Layer, quantization: LayerQuantization) -> No
             kernel_shape = tuple(getattr(layer, name).shape)
             if quantization.weights is not None:
                 blocks = product.kernel_blocks(quantization.weights)
-                blocks.view(kernel_shape)
+                quantization.weights.kernel_parameters(blocks.view(kernel_shape))
                 _check_groups(product, blocks.size, kernel_shape)
             if quantization.activations is not None and product.input_axes:
+                quantization.activations.input_parameters()
                 size = product.input_blocks(quantization.activations).size
                 _check_groups(product, size, kernel_shape)
     except ValueError as error:
@@ -242,12 +243,17 @@ def _carry_out(model: keras.layers.Layer, plan: Plan) -> None:
             if containers.needs_envelope(layer):
                 changed.append((layer, type(layer)))
                 containers.enclose(layer)
+        models = [layer for layer in model._flatten_layers() if isinstance(layer, keras.Model)]
+        renewed = [(one, optimizers.renewed(one)) for one in models]
     except BaseException:
         for layer, original in reversed(changed):
+            if is_quantized(layer):
+                layer.drop_quantization()
             containers.swap_class(layer, original)
-            if isinstance(getattr(layer, "quantization", None), LayerQuantization):
-                del layer.quantization
         raise
+    for one, optimizer in renewed:
+        if optimizer is not None:
+            one.optimizer = optimizer
     for layer in model._flatten_layers():
         forget_compiled_functions(layer)
 

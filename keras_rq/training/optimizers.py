@@ -1,0 +1,49 @@
+"""Optimizers of a model that has got new variables."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import keras
+
+
+def renewed(model: keras.Model) -> Any:
+    """An optimizer for the variables that a model has now, if the one it has knows other ones.
+
+    A new object of the same configuration: Keras optimizers know the variables that they were
+    built with and no others. What the old one remembers of a variable (moments, the number of
+    steps) is copied by name; new variables start without.
+
+    Args:
+        model: a compiled model, or one that was never compiled.
+
+    Returns:
+        The new optimizer, or None where the model needs none.
+    """
+    old = getattr(model, "optimizer", None)
+    if old is None or not old.built:
+        return None
+    known = {id(variable) for variable in _inner(old)._trainable_variables}
+    if known.issuperset(id(variable) for variable in model.trainable_variables):
+        return None
+    new = type(old).from_config(old.get_config())
+    new.build(model.trainable_variables)
+    names = Counter(variable.path for variable in new.variables)
+    remembered = {variable.path: variable for variable in old.variables}
+    for variable in new.variables:
+        if variable.path in remembered and names[variable.path] == 1:
+            variable.assign(remembered[variable.path])
+    warnings.warn(
+        f"Model {model.name!r} has new variables to train, so it has got a new optimizer of the "
+        f"same configuration ({type(new).__name__}). What the old one remembered of the other "
+        "variables is kept; `model.optimizer` is another object.",
+        stacklevel=5,
+    )
+    return new
+
+
+def _inner(optimizer: Any) -> Any:
+    """The optimizer that a LossScaleOptimizer wraps."""
+    return getattr(optimizer, "inner_optimizer", optimizer)

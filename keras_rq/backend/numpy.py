@@ -39,5 +39,5 @@ def where_traced() -> Any:
 
 
 def float32_matmul(x: Any, y: Any) -> Any:
-    """A matrix product whose float32 operands keep all their digits."""
-    return np.matmul(x, y)
+    """A matrix product in float32 that keeps all digits of its operands, of one float dtype."""
+    return np.matmul(x.astype("float32"), y.astype("float32"))

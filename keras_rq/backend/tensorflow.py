@@ -65,8 +65,8 @@ def where_traced() -> Any:
 
 
 def _float32_matmul(x: Any, y: Any) -> Any:
-    """A matrix product whose float32 operands keep all their digits."""
-    return tf.matmul(x, y)
+    """A matrix product in float32 that keeps all digits of its operands, of one float dtype."""
+    return tf.matmul(tf.cast(x, "float32"), tf.cast(y, "float32"))
 
 
 # TensorFlow says for a whole process, not for a product, whether GPUs may round the operands.

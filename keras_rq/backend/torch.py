@@ -160,7 +160,8 @@ def where_traced() -> Any:
 
 
 def float32_matmul(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A matrix product whose float32 operands keep all their digits."""
+    """A matrix product in float32 that keeps all digits of its operands, of one float dtype."""
+    x, y = x.float(), y.float()
     rounds = x.is_cuda and torch.backends.cuda.matmul.allow_tf32
     # In float64 where a user lets GPUs round: dear, and as exact as asked for.
     return torch.matmul(x.double(), y.double()).to(x.dtype) if rounds else torch.matmul(x, y)

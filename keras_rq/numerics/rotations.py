@@ -37,19 +37,19 @@ def hadamard(
     """Rotates blocks of the contraction axis by the orthonormal, symmetric Hadamard matrix.
 
     Args:
-        x: float tensor.
+        x: float tensor of any float dtype.
         axes: contraction axes, as in `Blocks.axes`.
-        product: a matrix product that rounds its float32 operands to no fewer digits, as the
-            matrix units of accelerators do. It replaces the sums and differences of the fast
-            transform, which take a pass over the tensor each: twice as fast on CPUs.
+        product: a matrix product in float32 that keeps all digits of its operands. It replaces
+            the sums and differences of the fast transform, which take a pass over the tensor
+            each: twice as fast on CPUs, and on accelerators the matrix units do it.
 
     Returns:
-        A tensor shaped like `x`. Applied twice it gives `x` back.
+        A float32 tensor shaped like `x`. Applied twice it gives `x` back.
     """
     merged = MergedAxes(tuple(x.shape), tuple(a % len(x.shape) for a in axes))
     size = rotation_size(merged.length)
     if size == 1:
-        return x
+        return ops.cast(x, "float32")
     flat = merged.merge(x)
     sizes = list(ops.shape(flat))
     rotate = _by_sums if product is None else functools.partial(_by_product, product)
@@ -57,24 +57,28 @@ def hadamard(
 
 
 def _by_product(product: Callable[[Any, Any], Any], x: Any, at: int, size: int) -> Any:
-    matrix = ops.cast(ops.convert_to_tensor(_matrix(size)), x.dtype)
+    # Signs are exact in any dtype, so that a 16-bit tensor need not be widened first.
+    signs = ops.cast(ops.convert_to_tensor(_signs(size)), x.dtype)
     sizes = list(ops.shape(x))
     if at == len(sizes) - 1:
-        return product(ops.reshape(x, [*sizes[:at], x.shape[at] // size, size]), matrix)
-    inner = math.prod(x.shape[at + 1 :]) if None not in x.shape[at + 1 :] else -1
-    return product(matrix, ops.reshape(x, [*sizes[:at], x.shape[at] // size, size, inner]))
+        made = product(ops.reshape(x, [*sizes[:at], x.shape[at] // size, size]), signs)
+    else:
+        inner = math.prod(x.shape[at + 1 :]) if None not in x.shape[at + 1 :] else -1
+        made = product(signs, ops.reshape(x, [*sizes[:at], x.shape[at] // size, size, inner]))
+    return made * (1.0 / math.sqrt(size))
 
 
 @functools.cache
-def _matrix(size: int) -> np.ndarray:
+def _signs(size: int) -> np.ndarray:
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (matrix / math.sqrt(size)).astype(np.float32)
+    return matrix.astype(np.float32)
 
 
 def _by_sums(x: Any, at: int, size: int) -> Any:
-    sizes, length = list(ops.shape(x)), x.shape[at]
+    # In float32: sums of float16 values overflow.
+    x, sizes, length = ops.cast(x, "float32"), list(ops.shape(x)), x.shape[at]
     before, after = sizes[:at], sizes[at + 1 :]
     half = 1
     while half < size:

@@ -314,9 +314,9 @@ class Quantizer:
         )
 
     def rotate(self, x: Any, blocks: Blocks) -> Any:
-        """`rotation`, which is its own inverse, along the contraction."""
+        """`rotation`, which is its own inverse, along the contraction; the result is float32."""
         if self.rotation is None:
-            return x
+            return ops.cast(x, "float32")
         return rotations.hadamard(x, blocks.axes, backend.float32_matmul)
 
     def codes_and_line(

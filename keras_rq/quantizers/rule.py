@@ -88,7 +88,7 @@ class FakeQuantization:
         return FakeQuantization(self.quantizer, view, self.blocks, self.unrotate)
 
     def forward(self, x: Any) -> tuple[Any, list[Any]]:
-        encoding = self.quantizer.encode(self._rotated(x), self.view, self.blocks)
+        encoding = self.quantizer.encode(self._rotate(x), self.view, self.blocks)
         statistics = [part for part in encoding.span if part is not None]
         statistics += [part for part in encoding.fitted if part is not None]  # see `_parts`
         return self._values(encoding.codes, encoding.line, x.dtype), statistics
@@ -96,18 +96,17 @@ class FakeQuantization:
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
         quantizer, view = self.quantizer, self.view
         span, fitted = self._parts(statistics)
-        rounding = Rounding(self, self._rotated(x), span)
-        upstream = ops.cast(upstream, "float32")
-        if self.unrotate:
-            upstream = self._rotate(upstream)
+        rounding = Rounding(self, self._rotate(x), span)
+        upstream = self._rotate(upstream) if self.unrotate else ops.cast(upstream, "float32")
         gradient = quantizer.gradient(rounding, fitted, view.split(upstream), view)
         if quantizer.trust_factor is not None:
             gradient = ops.where(quantizer.is_trusted(rounding, span), gradient, 0.0)
-        return ops.cast(self._rotate(view.merge(gradient)), x.dtype)
+        # Rounded to the dtype of the result first: 16 bits are rotated without a loss.
+        return ops.cast(self._rotate(ops.cast(view.merge(gradient), x.dtype)), x.dtype)
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         span, fitted = self._parts(statistics)
-        codes = Rounding(self, self._rotated(x), span).codes
+        codes = Rounding(self, self._rotate(x), span).codes
         return self._values(codes, self.quantizer.line(span, fitted), x.dtype)
 
     def _parts(self, statistics: Sequence[Any]) -> tuple[Range, tuple[Any, ...]]:
@@ -118,10 +117,6 @@ class FakeQuantization:
     def _values(self, codes: Any, line: Any, dtype: Any) -> Any:
         values = self.view.merge(line(codes))
         return cast_within(self._rotate(values) if self.unrotate else values, dtype)
-
-    def _rotated(self, x: Any) -> Any:
-        # In float32: rotated sums of float16 values overflow.
-        return self._rotate(ops.cast(x, "float32"))
 
     def _rotate(self, x: Any) -> Any:
         return self.quantizer.rotate(x, self.blocks)

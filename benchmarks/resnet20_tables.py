@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import accuracy
+import runs
 from resnet20 import AUTHORS, METHODS, SETTINGS, Plans
 from rows import Row
 from summary import table
@@ -29,12 +30,9 @@ def tables(rows: Sequence[Row], plans: Plans) -> str:
 
 def _is_planned(row: Row, plans: Plans) -> bool:
     """Whether only the number of epochs and the seed tell a run from a planned one."""
-    wanted = [run | {"steps": row["steps"], "seed": row["seed"]} for run in _places(plans)]
-    return accuracy.look_up([row], row) in (accuracy.look_up([row], run) for run in wanted)
-
-
-def _places(plans: Plans) -> list:
-    return plans.float([]) + plans.table([])
+    own = {"steps": row["steps"], "seed": row["seed"]}
+    wanted = plans.float([]) + plans.table([])
+    return runs.key_of(row) in {runs.key_of({**run, **own}) for run in wanted}
 
 
 def comparison(rows: Sequence[Row], plans: Plans) -> str | None:

@@ -195,6 +195,9 @@ def finite(value: Any) -> Any:
 class Checkpoint:
     """The state of an interrupted run in one file: every variable, and the curve so far.
 
+    Under JAX and TensorFlow that is all there is: a resumed run ends like an uninterrupted one.
+    PyTorch's dropout has a state of its own.
+
     Args:
         path: the file.
     """
@@ -231,6 +234,39 @@ def _state(model: keras.Model) -> list[Any]:
     return [*model.variables, *model.optimizer.variables]
 
 
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A quantized model, compiled, and what belongs to it."""
+
+    model: keras.Model
+    policy: rq.QuantizationPolicy | None
+    callbacks: list[keras.callbacks.Callback]
+
+
+def prepare(task: Task, run: Run) -> Prepared:
+    """Builds, quantizes and compiles the model of a run."""
+    keras.utils.set_random_seed(run.seed)
+    model = task.model(run)
+    decayed = {id(v) for v in model.trainable_variables if len(v.shape) > 1}
+    policy = methods.policy(run.method, run.setting, run.fields, task.rules())
+    if policy is not None:
+        rq.quantize(model, policy, verbose=False)
+    callbacks = methods.prepare(run.method, model, lambda: task.batches(run, 0)[0][0])
+    optimizer = task.optimizer(run)
+    optimizer.exclude_from_weight_decay(
+        [variable for variable in model.trainable_variables if id(variable) not in decayed]
+    )
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        # A method that is called at every batch needs every batch to be an execution.
+        steps_per_execution=1 if callbacks else math.gcd(STEPS_PER_EXECUTION, task.interval(run)),
+    )
+    model.optimizer.build(model.trainable_variables)
+    return Prepared(model, policy, callbacks)
+
+
 def train(
     task: Task,
     run: Run,
@@ -247,26 +283,8 @@ def train(
         checkpoint: where an interrupted run is resumed from.
     """
     began = time.perf_counter()
-    keras.utils.set_random_seed(run.seed)
-    model = task.model(run)
-    decayed = {id(v) for v in model.trainable_variables if len(v.shape) > 1}
-    policy = methods.policy(run.method, run.setting, run.fields, task.rules())
-    if policy is not None:
-        rq.quantize(model, policy, verbose=False)
-    callbacks = methods.prepare(run.method, model, lambda: task.batches(run, 0)[0][0])
-    optimizer = task.optimizer(run)
-    optimizer.exclude_from_weight_decay(
-        [variable for variable in model.trainable_variables if id(variable) not in decayed]
-    )
-    interval = task.interval(run)
-    model.compile(
-        optimizer,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-        # A method that is called at every batch needs every batch to be an execution.
-        steps_per_execution=1 if callbacks else math.gcd(STEPS_PER_EXECUTION, interval),
-    )
-    model.optimizer.build(model.trainable_variables)
+    prepared, interval = prepare(task, run), task.interval(run)
+    model = prepared.model
     progress = Progress(interval, task.uniform_loss(), deadline, checkpoint)
     epoch, progress.curve = checkpoint.restore(model) if checkpoint else (0, [])
     between = task.validation(run, final=False)
@@ -275,9 +293,10 @@ def train(
         epochs=run.steps // interval,
         initial_epoch=epoch,
         steps_per_epoch=interval,
+        shuffle=False,
         validation_data=(between["x"], between["y"]),
         validation_batch_size=between["batch_size"],
-        callbacks=[*callbacks, progress],
+        callbacks=[*prepared.callbacks, progress],
         verbose=0,
     )
     if progress.stopped and progress.curve[-1]["step"] < run.steps:
@@ -295,7 +314,7 @@ def train(
         "ms_per_step": _median(progress.step_ms[1:]),
         "seconds": time.perf_counter() - began,
         **costs(model),
-        "policy": None if policy is None else policy.get_config(),
+        "policy": None if prepared.policy is None else prepared.policy.get_config(),
         "dtype": keras.config.dtype_policy().name,
     }
 

@@ -5,6 +5,11 @@ quantizer each operand gets; `fields` of a run then replace single fields of it,
 
     {"both": {"range": "rms"}, "weights": {"trust": 1.6}, "activations": {"class": "QuEST"}}
 
+`calibrate` is true where such a change needs `rq.calibrate`. `stages` change fields while the model
+trains, as `rq.callbacks.QuantizationSchedule` does, by the step at which they begin:
+
+    {"stages": {"0": {"weights": {"ridge_lambda": 1}}, "500": {"weights": {"ridge_lambda": 0.01}}}}
+
 Estimators are looked up when a run asks for them, so that a version of keras_rq without one of
 them still runs the others.
 """
@@ -29,12 +34,13 @@ class Method:
     """How a float model is quantized and made ready for `fit`.
 
     Attributes:
-        quantizer: the method's own, from the one that a setting's shorthand gives an operand.
+        quantizer: the method's own, from the one that a setting's shorthand gives an operand, and
+            the operand's name.
         calibrates: whether its variables start from data, by `rq.calibrate`.
         callbacks: makes what `fit` has to call.
     """
 
-    quantizer: Callable[[Any], Any]
+    quantizer: Callable[[Any, str], Any]
     calibrates: bool = False
     callbacks: Callable[[], list[keras.callbacks.Callback]] = list
 
@@ -54,16 +60,22 @@ def estimator(name: str) -> type:
     return found
 
 
-def _estimator(name: str) -> Callable[[Any], Any]:
+def _estimator(name: str) -> Callable[[Any, str], Any]:
     """An estimator as its class has it by default, at a setting's bits and sparsity."""
-    return lambda base: estimator(name)(base.bits, **_sparsity(base))
+    return lambda base, operand: estimator(name)(base.bits, **_sparsity(base))
 
 
-def _ridge_linear(base: Any) -> Any:
+def _bitnet(base: Any, operand: str) -> Any:
+    """The papers' weights; activations of few bits, which they leave open, have a mean a token."""
+    own = {"centered": False, "block_size": "channel"} if operand == "activations" else {}
+    return estimator("BitNet")(base.bits, **own, **_sparsity(base))
+
+
+def _ridge_linear(base: Any, operand: str) -> Any:
     return rq.quantizers.Ridge(base.bits, affine=False, range="absmax", **_sparsity(base))
 
 
-def _ridge_paper(base: Any) -> Any:
+def _ridge_paper(base: Any, operand: str) -> Any:
     """Affine where the paper is, over the whole range of the data."""
     affine = rq.quantizers.Ridge(base.bits, **_sparsity(base)).has_offset
     extremes = "minmax" if affine else "absmax"
@@ -76,13 +88,13 @@ def _sparsity(base: Any) -> dict[str, Any]:
 
 METHODS: dict[str, Method] = {
     "ste": Method(_estimator("StraightThrough")),
-    "bitnet": Method(_estimator("BitNet")),
+    "bitnet": Method(_bitnet),
     "lsq": Method(_estimator("LearnedStep"), calibrates=True),
     "quest": Method(_estimator("QuEST")),
     "ridge_linear": Method(_ridge_linear),
     "ridge": Method(_ridge_paper),
     "gdnsq": Method(_estimator("GDNSQ"), calibrates=True),
-    "recommended": Method(lambda base: base),
+    "recommended": Method(lambda base, operand: base),
 }
 FLOAT = "float"
 
@@ -111,15 +123,16 @@ def policy(method: str, setting: str, fields: Fields, rules: Sequence[rq.Rule] =
         found = getattr(base, operand)
         changes = {**fields.get("both", {}), **fields.get(operand, {})}
         if found is not None:
-            quantizers[operand] = _changed(METHODS[method].quantizer(found), changes)
+            own = METHODS[method].quantizer(found, operand)
+            quantizers[operand] = _changed(own, changes, operand)
     return rq.QuantizationPolicy(**quantizers, rules=rules)
 
 
-def _changed(quantizer: Any, changes: Mapping[str, Any]) -> Any:
+def _changed(quantizer: Any, changes: Mapping[str, Any], operand: str) -> Any:
     changes = dict(changes)
     kind = changes.pop("class", None)
     if kind is not None:
-        quantizer = _estimator(kind)(quantizer)
+        quantizer = _estimator(kind)(quantizer, operand)
     unknown = set(changes) - set(quantizer.get_config())
     if unknown:
         raise ValueError(
@@ -130,18 +143,21 @@ def _changed(quantizer: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def prepare(
-    method: str, model: keras.Model, data: Callable[[], Any]
+    method: str, fields: Fields, model: keras.Model, data: Callable[[], Any]
 ) -> list[keras.callbacks.Callback]:
-    """Makes a quantized model ready for `fit` and returns the method's callbacks.
+    """Makes a quantized model ready for `fit` and returns what `fit` has to call.
 
     Args:
         method: as in `policy`.
+        fields: as in `policy`.
         model: the quantized model.
-        data: makes inputs for `rq.calibrate`.
+        data: makes batches of inputs for `rq.calibrate`.
     """
     if method == FLOAT:
         return []
     found = METHODS[method]
-    if found.calibrates:
-        rq.calibrate(model, data())
-    return found.callbacks()
+    if found.calibrates or fields.get("calibrate"):
+        rq.calibrate(model, data(), verbose=False)
+    stages = {int(step): stage for step, stage in fields.get("stages", {}).items()}
+    schedules = [rq.callbacks.QuantizationSchedule(stages, unit="step")] if stages else []
+    return [*found.callbacks(), *schedules]

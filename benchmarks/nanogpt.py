@@ -6,7 +6,8 @@
 
 The recipe is the stock one of nanoGPT's `train_shakespeare_char.py`, through `compile` and `fit`;
 linear layers inside the blocks are quantized, embeddings and the head stay in float. Rows that
---out has are not run again.
+--out has are not run again; what --time-limit interrupts goes on where it was. A GPU that is named
+twice in --workers compiles for one run while it trains another.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ replaced; every row is in the file as soon as its run has ended.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from typing import Any
 
 from rows import Row, RowsFile
 
+DEATHS = 3  # of one worker's processes, in a row: then something else is wrong
 CACHE = Path(__file__).parent / ".cache"
 Order = Mapping[str, Any]
 # What a run is, in its row and in a plan file; the others have these values where left out.
@@ -169,14 +171,15 @@ def run_all(
     """Serves a queue with one worker per entry of `gpus` until it is empty or time is up."""
 
     def serve(gpu: str | None) -> None:
-        worker = None
-        while (run := queue.take()) is not None:
+        worker, deaths = None, 0
+        while deaths < DEATHS and (run := queue.take()) is not None:
             worker = worker or start(gpu)
             order = {**DEFAULTS, **run, "deadline": queue.deadline}
             try:
-                row = worker.do(order)
+                row, deaths = worker.do(order), 0
             except ChildProcessError as error:
                 row, worker = {**DEFAULTS, **run, "error": str(error)}, None
+                deaths += 1
             row = {**row, "worker": gpu or "cpu"}
             queue.took(row)
             tell(line(row))
@@ -208,7 +211,7 @@ def line(row: Row) -> str:
 # The worker.
 
 
-def serve(make_task: Callable[[], Any], checkpoints: Path | None = None) -> None:
+def serve(make_task: Callable[[], Any], checkpoints: Path) -> None:
     """Answers every run on the standard input with its row on the standard output."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
@@ -227,23 +230,25 @@ def serve(make_task: Callable[[], Any], checkpoints: Path | None = None) -> None
         answers.flush()
 
 
-def _attempt(task: Any, order: Order, checkpoints: Path | None) -> Row:
-    import hashlib
-
+def _attempt(task: Any, order: Order, checkpoints: Path) -> Row:
     import steps
     import training
 
-    checkpoint = None
-    if checkpoints is not None:
-        stem = hashlib.sha256(key_of(order).encode()).hexdigest()[:16]
-        checkpoint = training.Checkpoint(checkpoints / f"{stem}.npz")
+    where = _where()
+    # Another version of the code starts anew.
+    text = f"{key_of(order)} {where['commit']}"
+    stem = hashlib.sha256(text.encode()).hexdigest()[:16]
     try:
-        run = training.Run.of(order)
-        row = training.train(task, run, deadline=order["deadline"], checkpoint=checkpoint)
+        row = training.train(
+            task,
+            training.Run.of(order),
+            deadline=order["deadline"],
+            checkpoint=training.Checkpoint(checkpoints / f"{stem}.npz"),
+        )
     finally:
         steps.forget()
     base = {name: order[name] for name in KEY}
-    return {**base, "unfinished": True} if row is None else {**base, **row, **_where()}
+    return {**base, "unfinished": True} if row is None else {**base, **row, **where}
 
 
 def _where() -> Row:
@@ -279,9 +284,9 @@ def add_options(parser: argparse.ArgumentParser, plans: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workers", nargs="+", help="GPUs; one may be named several times")
     parser.add_argument("--time-limit", type=float, metavar="SECONDS")
-    parser.add_argument("--cache", type=Path, help="XLA's compilation cache")
-    parser.add_argument("--checkpoints", type=Path, help="folder of interrupted runs")
-    parser.add_argument("--again", action="store_true", help="ignore the rows in --out")
+    parser.add_argument("--cache", type=Path, help="of XLA; on GPUs, by default a folder here")
+    parser.add_argument("--checkpoints", type=Path, default=CACHE / "runs", help="if interrupted")
+    parser.add_argument("--again", action="store_true", help="run what --out has, too")
     parser.add_argument("--dry", action="store_true", help="only say what would run")
     parser.add_argument("--small", action="store_true", help="a model for tests, on a CPU")
     parser.add_argument("--commit", help="what the rows say, where git cannot")
@@ -353,7 +358,8 @@ def work(
     """
     results = Results(options.out)
     if options.again:
-        results.rows = []
+        asked = {key_of(run) for run in runs}
+        results.rows = [row for row in results.rows if key_of(row) not in asked]
     missing = results.missing(runs)
     tell(f"{len(missing)} of {len(runs)} runs to do")
     if options.dry:

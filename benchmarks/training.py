@@ -23,6 +23,7 @@ from keras import ops
 import keras_rq as rq
 
 STEPS_PER_EXECUTION = 25
+CALIBRATED = 2  # batches that give learned ranges their start
 DIVERGED = 0.3  # nats that the training loss may climb above its lowest interval
 
 
@@ -251,7 +252,10 @@ def prepare(task: Task, run: Run) -> Prepared:
     policy = methods.policy(run.method, run.setting, run.fields, task.rules())
     if policy is not None:
         rq.quantize(model, policy, verbose=False)
-    callbacks = methods.prepare(run.method, model, lambda: task.batches(run, 0)[0][0])
+    batches = task.batches(run, 0)
+    callbacks = methods.prepare(
+        run.method, run.fields, model, lambda: [batches[i][0] for i in range(CALIBRATED)]
+    )
     optimizer = task.optimizer(run)
     optimizer.exclude_from_weight_decay(
         [variable for variable in model.trainable_variables if id(variable) not in decayed]

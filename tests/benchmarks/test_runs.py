@@ -75,6 +75,14 @@ def test_workers_serve_many_runs_and_are_replaced_when_they_die(tmp_path: Path):
     assert "accuracy 0.5000 loss 2.0000" in told[0]
 
 
+def test_a_worker_that_dies_again_and_again_is_given_up(tmp_path: Path):
+    results = runs.Results(tmp_path / "rows.json")
+    queue = runs.Queue([{**RUN, "method": "fatal", "seed": seed} for seed in range(8)])
+    _serve(queue, results, [None])
+    assert len(results.rows) == runs.DEATHS
+    assert len(queue) == 8 - runs.DEATHS
+
+
 def test_every_run_is_handed_out_once(tmp_path: Path):
     results = runs.Results(tmp_path / "rows.json")
     _serve(runs.Queue([{**RUN, "seed": seed} for seed in range(20)]), results, [None, None])

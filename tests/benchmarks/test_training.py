@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -177,3 +179,28 @@ def test_fields_replace_those_of_a_method():
         methods.policy("rigde", "A1W1", {})
     with pytest.raises(LookupError, match="no quantizer 'Nothing'"):
         methods.policy("ridge", "A1W1", {"weights": {"class": "Nothing"}})
+
+
+@pytest.mark.once
+def test_a_method_is_made_ready_by_calibration_and_callbacks(monkeypatch: pytest.MonkeyPatch):
+    calibrated, scheduled = [], []
+
+    def schedule(stages, *, unit):
+        scheduled.append((stages, unit))
+        return keras.callbacks.Callback()
+
+    callbacks = SimpleNamespace(QuantizationSchedule=schedule)
+    monkeypatch.setattr(rq, "callbacks", callbacks, raising=False)
+    monkeypatch.setattr(
+        rq, "calibrate", lambda model, data, verbose: calibrated.append(data), raising=False
+    )
+    training.prepare(Tiny(), RUN)
+    assert not calibrated
+    assert not scheduled
+    fields = {"calibrate": True, "stages": {"0": None, "8": {"weights": {"bits": 1}}}}
+    prepared = training.prepare(Tiny(), dataclasses.replace(RUN, fields=fields))
+    assert len(prepared.callbacks) == 1
+    assert scheduled == [({0: None, 8: {"weights": {"bits": 1}}}, "step")]
+    assert [batch.shape for batch in calibrated[0]] == [(8, 8)] * training.CALIBRATED
+    # A callback may count batches: none are run together.
+    assert prepared.model.steps_per_execution == 1

@@ -1,8 +1,9 @@
 """Tables of step times for the README, from the JSON files that the benchmarks write.
 
-    python benchmarks/summary.py benchmarks/results/train_step_cpu.json [PEERS.json]
+    python benchmarks/summary.py benchmarks/results
 
-Prints Markdown; `--write README.md` puts it between the README's marks.
+Prints Markdown of `train_step_*.json` and `peers_*.json` in the folder, a section for each device;
+`--write README.md` puts it between the README's marks.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 Row = dict[str, Any]
+ORDER = ("mlp", "convnet", "nanogpt", "vit_tiny", "wide_block")
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]], left: int) -> str:
@@ -36,7 +38,7 @@ def ours(rows: Sequence[Row]) -> str:
     settings = [s for s in dict.fromkeys(r["setting"] for r in rows) if s != "float"]
     places = dict.fromkeys((r["model"], r["batch"], r["framework"], r["mode"]) for r in rows)
     lines = []
-    for place in sorted(places, key=lambda p: (p[0] == "convnet", p[1], p[2], p[3] != "eager")):
+    for place in sorted(places, key=lambda p: (ORDER.index(p[0]), p[1], p[2], p[3] != "eager")):
         found = {r["setting"]: r for r in rows if place == _place(r)}
         floating = found["float"].get("ms")
         lines.append(
@@ -67,17 +69,31 @@ def _place(row: Row) -> tuple[Any, ...]:
     return row["model"], row["batch"], row["framework"], row["mode"]
 
 
+def section(folder: Path, device: str) -> str | None:
+    """What was measured on a device ("cpu", "gpu"), or None if nothing was."""
+    file = folder / f"train_step_{device}.json"
+    if not file.exists():
+        return None
+    measured = json.loads(file.read_text())
+    machine = next(iter(measured["provenance"].values()))["machine"]
+    where = machine["gpu"].split(",")[0] if machine["gpu"] else f"CPU, {machine['cores']} cores"
+    text = f"Step time on one {where}, over that of the float model (lower is better):\n\n"
+    text += ours(measured["rows"])
+    others = folder / f"peers_{device}.json"
+    if others.exists():
+        text += "\n\nOther libraries there at 8 bits, each over its own float model:\n\n"
+        text += peers(json.loads(others.read_text())["rows"])
+    return text
+
+
 def main() -> None:
     """Prints the tables, or writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("ours", type=Path)
-    parser.add_argument("peers", type=Path, nargs="?")
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--write", type=Path, metavar="README")
     options = parser.parse_args()
-    text = ours(json.loads(options.ours.read_text())["rows"])
-    if options.peers is not None:
-        others = peers(json.loads(options.peers.read_text())["rows"])
-        text += "\n\nOther libraries at 8 bits, each over its own float model:\n\n" + others
+    sections = [section(options.folder, device) for device in ("cpu", "gpu")]
+    text = "\n\n".join(found for found in sections if found is not None)
     if options.write is None:
         print(text)
         return

@@ -373,10 +373,15 @@ class Quantizer:
         return type(self).from_config({**self.get_config(), **fields})
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.get_config() == other.get_config()
+        return isinstance(other, Quantizer) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((type(self), tuple(sorted(self.get_config().items(), key=lambda kv: kv[0]))))
+        return hash(self._key)
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        # Made once: eager PyTorch looks a rule up at every call.
+        return type(self), *sorted(self.get_config().items(), key=lambda field: field[0])
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={v!r}" for k, v in self.get_config().items() if k != "bits")

@@ -31,6 +31,7 @@ ROOMS = (
     "inference",
     "export",
     "reports",
+    "callbacks",
     "api",
     "demo",
     "cli",

@@ -1,6 +1,6 @@
 """Train Keras models that survive 1-bit and sparse arithmetic, then run them as integers."""
 
-from keras_rq import layers, ops, quantizers
+from keras_rq import callbacks, layers, ops, presets, quantizers
 from keras_rq.api import install as _install
 from keras_rq.api import quantize
 from keras_rq.export.api import export
@@ -15,10 +15,12 @@ __all__ = [
     "QuantizedTensor",
     "Report",
     "Rule",
+    "callbacks",
     "export",
     "layers",
     "ops",
     "plot_frontier",
+    "presets",
     "quantize",
     "quantizers",
     "report",

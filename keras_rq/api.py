@@ -8,8 +8,9 @@ from typing import Any
 import keras
 
 from keras_rq.layers.base import is_quantized
-from keras_rq.policy import QuantizationPolicy, is_shorthand
+from keras_rq.policy import QuantizationPolicy
 from keras_rq.reports.report import Report, report
+from keras_rq.shorthand import is_shorthand
 from keras_rq.training import surgery
 
 

@@ -10,19 +10,9 @@ from typing import Any
 
 import keras
 
-from keras_rq import quantizers
-from keras_rq.numerics.blocks import check_block_size
-from keras_rq.numerics.sparsity import check_sparsity
-from keras_rq.quantizers import Quantizer, Ridge
+from keras_rq import quantizers, shorthand
+from keras_rq.quantizers import Quantizer
 
-_SHORTHAND = re.compile(
-    r"(?:A(?P<activations>[0-9.]+|fp4))?W(?P<weights>[0-9.]+|fp4)"
-    r"(?:-(?P<block>[0-9]+|channel|tensor))?(?:-(?P<sparsity>[0-9]+:[0-9]+(?:-paired)?))?"
-)
-_GRAMMAR = (
-    "A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>], for example 'A4W1', 'A1W1-channel', "
-    "'A4W1-128-2:4' or 'W4' (weights only); bits are 1, 1.5 (ternary), 2 to 8 or fp4"
-)
 _VERSION = 2
 # Fields that later versions added, with what their absence meant.
 _ADDED = {1: {"forward": None}}
@@ -169,9 +159,10 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
     """Says which layer gets which quantizer.
 
     Args:
-        spec: shorthand, `A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>]`: "A4W1",
+        spec: shorthand, `A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>[-paired]]`: "A4W1",
             "A1W1-channel", "A4W1-128-2:4", "W4" (weights only). Bits are 1, 1.5 (ternary), 2 to 8
-            or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`.
+            or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`;
+            `keras_rq.presets` has others.
         weights: quantizer of kernels, or a bit width; replaces what `spec` says.
         activations: quantizer of layer inputs, or a bit width; replaces what `spec` says. None
             leaves what `spec` says; for weights alone write "W4".
@@ -204,11 +195,9 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         forward: str | None = None,
     ) -> None:
         self.forward = _check_forward(forward)
-        parsed = LayerQuantization(None, None) if spec is None else _parse_shorthand(spec)
-        self.weights = parsed.weights if weights is None else quantizers.get(weights)
-        self.activations = (
-            parsed.activations if activations is None else quantizers.get(activations)
-        )
+        of_weights, of_activations = (None, None) if spec is None else shorthand.read(spec)
+        self.weights = of_weights if weights is None else quantizers.get(weights)
+        self.activations = of_activations if activations is None else quantizers.get(activations)
         _refuse_matmuls(matmuls)
         super().__init__(self.weights, self.activations)
         self.rules = tuple(rules)
@@ -272,35 +261,6 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             f"QuantizationPolicy(weights={self.weights!r}, activations={self.activations!r}, "
             f"rules={list(self.rules)!r}, forward={self.forward!r})"
         )
-
-
-def is_shorthand(text: str) -> bool:
-    """Whether a string has the form of a policy's shorthand (its numbers may still be wrong)."""
-    return _SHORTHAND.fullmatch(text) is not None
-
-
-def _parse_shorthand(spec: str) -> LayerQuantization:
-    match = _SHORTHAND.fullmatch(spec) if isinstance(spec, str) else None
-    if match is None:
-        raise ValueError(f"`spec` must read {_GRAMMAR}. Received: spec={spec!r}")
-    try:
-        block = match["block"] or "128"
-        size = check_block_size(int(block) if block.isdigit() else block)
-        pattern = check_sparsity(match["sparsity"])
-        weights = Ridge(_bits(match["weights"]), block_size=size, sparsity=pattern)
-        activations = match["activations"]
-        if activations is not None:
-            activations = Ridge(_bits(activations), block_size=size)
-    except ValueError as error:
-        raise ValueError(f"In the shorthand {spec!r}: {error}") from None
-    return LayerQuantization(weights, activations)
-
-
-def _bits(text: str) -> Any:
-    try:
-        return int(text) if text.isdigit() else float(text)
-    except ValueError:
-        return text
 
 
 def _check_match(match: Any) -> Any:

@@ -43,6 +43,7 @@ def model_of(*names: str) -> keras.Model:
         ("A4W4-2:4", Ridge(4, sparsity="2:4"), Ridge(4)),
         ("W1-1:4", Ridge(1, sparsity="1:4"), None),
         ("A4W1-128-2:4", Ridge(1, sparsity="2:4"), Ridge(4)),
+        ("A4W1-4:8-paired", Ridge(1, sparsity="4:8-paired"), Ridge(4)),
         (
             "A4W1-channel-1:4",
             Ridge(1, block_size="channel", sparsity="1:4"),
@@ -72,6 +73,7 @@ def test_shorthand(spec: str, weights: Any, activations: Any):
         "A4W1-128-2:4-1",
         "2:4",
         "A4W1-2/4",
+        "A4W1-paired",
         "A-4W1",
         "int8",
         8,
@@ -97,6 +99,7 @@ def test_what_is_no_shorthand_is_told_the_grammar(spec: Any):
         ("A4W4-4:2", "sparsity='4:2'"),
         ("A4W4-0:4", "sparsity='0:4'"),
         ("A4W4-4:4", "sparsity='4:4'"),
+        ("A4W4-1:4-paired", "sparsity='1:4-paired'"),
     ],
 )
 def test_errors_in_shorthand_quote_it(spec: str, complaint: str):

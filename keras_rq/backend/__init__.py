@@ -23,6 +23,7 @@ _backend = _active()
 call_in_graph = _backend.call_in_graph
 convolve = _backend.convolve
 float32_matmul = _backend.float32_matmul
+forget_traces = _backend.forget_traces
 make_known = _backend.make_known
 where_traced = _backend.where_traced
 product_with_gradient = _backend.product_with_gradient
@@ -32,6 +33,7 @@ __all__ = [
     "call_in_graph",
     "convolve",
     "float32_matmul",
+    "forget_traces",
     "make_known",
     "product_with_gradient",
     "where_traced",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,16 @@ def make_known(owner: Any) -> None:
     """Lets `call_in_graph` find the owner by a number, which a graph can hold."""
     number = owner.__dict__["_rq_number"] = id(owner)
     _OWNERS[number] = owner
+
+
+def forget_traces() -> None:
+    """Has functions traced again that were compiled before.
+
+    The compiler keeps graphs by the code of a function, which all models share, and looks at no
+    quantizer before it runs one again.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @torch.compiler.allow_in_graph

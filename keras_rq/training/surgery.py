@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import keras
 
+from keras_rq import backend
 from keras_rq.layers.base import QuantizedLayer, is_quantized
 from keras_rq.layers.integer import reason_for_float
 from keras_rq.layers.products import Convolution
@@ -94,7 +95,7 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
     _check_arguments(model, policy, filters)
     layers = model._flatten_layers()
     _check_state(model, layers)
-    plan, used, containers_of = Plan(), set(), _containers(model)
+    plan, used, containers_of = Plan(), set(), containers_around(model)
     for layer in layers:
         if not owns_weights(layer):
             continue
@@ -106,13 +107,13 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
         if reason is not None:
             plan.kept.append((layer, reason))
         else:
-            _check_fit(layer, quantization)
+            check_fit(layer, quantization)
             plan.quantized.append((layer, quantization))
     plan.unused_rules = [rule for rule in policy.rules if id(rule) not in used]
     return plan
 
 
-def _containers(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:
+def containers_around(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:
     """The layers around each layer, the model itself left out, by the id of the inner one."""
     found: dict[int, list[keras.layers.Layer]] = {}
     for outer in model._flatten_layers(include_self=False):
@@ -205,7 +206,7 @@ def _check_state(model: keras.layers.Layer, layers: list[keras.layers.Layer]) ->
         )
 
 
-def _check_fit(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
+def check_fit(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
     """Raises if a layer cannot have these quantizers; names the layer."""
     try:
         for name, product in products_of(layer).items():
@@ -254,14 +255,22 @@ def _carry_out(model: keras.layers.Layer, plan: Plan) -> None:
     for one, optimizer in renewed:
         if optimizer is not None:
             one.optimizer = optimizer
+    forget_compiled_functions(model)
+
+
+def change(model: keras.layers.Layer, quantizations: Iterable[LayerQuantization]) -> None:
+    """Gives the quantized layers of a model, in their order, other quantizations."""
+    for layer, quantization in zip(quantized_layers(model), quantizations, strict=True):
+        layer.take_quantization(quantization)
+    forget_compiled_functions(model)
+
+
+def forget_compiled_functions(model: keras.layers.Layer) -> None:
+    """Makes a model, and the models inside it, trace their step functions again."""
     for layer in model._flatten_layers():
-        forget_compiled_functions(layer)
-
-
-def forget_compiled_functions(layer: keras.layers.Layer) -> None:
-    """Makes a model trace its step functions again."""
-    if isinstance(layer, keras.Model):
-        layer.train_function = layer.test_function = layer.predict_function = None
+        if isinstance(layer, keras.Model):
+            layer.train_function = layer.test_function = layer.predict_function = None
+    backend.forget_traces()
 
 
 def quantized_layers(model: keras.layers.Layer) -> list[QuantizedLayer]:

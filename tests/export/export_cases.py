@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers
 
 import keras_rq as rq
-from keras_rq.quantizers import Ridge, StraightThrough
+from keras_rq.quantizers import BitNet, QuEST, Ridge, StraightThrough
 
 
 @keras.saving.register_keras_serializable("export_cases")
@@ -47,7 +47,7 @@ INTEGER = {
 
 # One of each way in which a product is lowered, and the settings that are tried on all of them.
 FEW = ("dense", "tokens", "contracted", "conv2d", "depthwise", "transposed", "lookup")
-THOROUGH = ("A8W8", "A4W1", "A1.5W1.5", "rotated")
+THOROUGH = ("A8W8", "A4W1", "A1.5W1.5", "rotated", "QuEST A4W4")
 
 SHAPES = {"flat": (70,), "series": (6, 12), "image": (6, 6, 8), "index": (4,)}
 
@@ -107,4 +107,13 @@ SETTINGS = {
     ),
     "rotated": (both(Ridge(4, rotation="hadamard")), "INT4"),
     "straight-through": (both(StraightThrough(8, conv_block_size=4, block_size=32)), "INT8"),
+    "QuEST A4W4": (both(QuEST(4)), "INT4"),
+    "QuEST A1W1": (both(QuEST(1)), "INT2"),
+    "QuEST A8W8": (both(QuEST(8)), "INT8"),
+    # Odd codes, -15 .. 15, and zero.
+    "QuEST A8W4-4:8-paired": (
+        rq.QuantizationPolicy(weights=QuEST(4, sparsity="4:8-paired"), activations=QuEST(8)),
+        "INT8",
+    ),
+    "BitNet A8W1": (rq.QuantizationPolicy(weights=BitNet(1), activations=BitNet(8)), "INT2"),
 }

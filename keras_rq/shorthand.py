@@ -1,0 +1,81 @@
+"""The shorthand of a policy, such as "A4W1-128-2:4", and the quantizers that it stands for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from keras_rq.numerics.blocks import BlockSize, check_block_size
+from keras_rq.numerics.grids import Bits, check_bits
+from keras_rq.numerics.sparsity import Sparsity, check_sparsity
+from keras_rq.quantizers import Quantizer, Ridge
+
+_SHORTHAND = re.compile(
+    r"(?:A(?P<activations>[0-9.]+|fp4))?W(?P<weights>[0-9.]+|fp4)"
+    r"(?:-(?P<block>[0-9]+|channel|tensor))?(?:-(?P<sparsity>[0-9]+:[0-9]+(?:-paired)?))?"
+)
+_GRAMMAR = (
+    "A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>[-paired]], for example 'A4W1', "
+    "'A1W1-channel', 'A4W1-128-2:4' or 'W4' (weights only); bits are 1, 1.5 (ternary), 2 to 8 or "
+    "fp4"
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a shorthand says of one operand.
+
+    Attributes:
+        bits: how many.
+        of_weights: whether the operand is a layer's weights or its input.
+        block_size: None where the shorthand leaves it open.
+        sparsity: None for dense, as inputs are.
+    """
+
+    bits: Bits
+    of_weights: bool
+    block_size: BlockSize | None
+    sparsity: Sparsity | None
+
+
+Recipe = Callable[[Wanted], Quantizer]
+
+
+def default(wanted: Wanted) -> Quantizer:
+    """What `QuantizationPolicy` makes of a shorthand; `keras_rq.presets` has other recipes."""
+    return Ridge(wanted.bits, block_size=wanted.block_size or 128, sparsity=wanted.sparsity)
+
+
+def is_shorthand(text: str) -> bool:
+    """Whether a string has the form of a policy's shorthand (its numbers may still be wrong)."""
+    return _SHORTHAND.fullmatch(text) is not None
+
+
+def read(spec: Any, recipe: Recipe = default) -> tuple[Quantizer, Quantizer | None]:
+    """The quantizers of weights and of activations; None where the shorthand has no activations.
+
+    Raises:
+        ValueError: quotes what was received and says what is accepted.
+    """
+    match = _SHORTHAND.fullmatch(spec) if isinstance(spec, str) else None
+    if match is None:
+        raise ValueError(f"`spec` must read {_GRAMMAR}. Received: spec={spec!r}")
+    try:
+        block = match["block"]
+        size = block and check_block_size(int(block) if block.isdigit() else block)
+        pattern = check_sparsity(match["sparsity"])
+        weights = recipe(Wanted(check_bits(_bits(match["weights"])), True, size, pattern))
+        if match["activations"] is None:
+            return weights, None
+        return weights, recipe(Wanted(check_bits(_bits(match["activations"])), False, size, None))
+    except ValueError as error:
+        raise ValueError(f"In the shorthand {spec!r}: {error}") from None
+
+
+def _bits(text: str) -> Any:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        return text

@@ -358,6 +358,9 @@ def _per_product(row: Any) -> float:
 class Gathered(keras.utils.PyDataset):
     """Batches that are picked from data on the device.
 
+    Under JAX all choices are on the device before the first step: a copy from the host in every
+    step would wait for the step before it, and steps would no longer be queued.
+
     Args:
         gather: makes inputs and targets from the data and what `choose` returns; it may only index
             and calculate, so that it works on NumPy and on JAX arrays.
@@ -376,24 +379,35 @@ class Gathered(keras.utils.PyDataset):
         stop: int,
     ) -> None:
         super().__init__()
-        self._gather, self._data, self._choose = compiled(gather), data, choose
-        self._start, self._stop = start, stop
+        self._steps = range(start, stop)
+        if keras.backend.backend() == "jax":
+            self._batch = _on_device(gather, data, [choose(step) for step in self._steps])
+        else:
+            self._batch = lambda index: gather(*data, *choose(self._steps[index]))
 
     @property
     def num_batches(self) -> int:
-        return self._stop - self._start
+        return len(self._steps)
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
-        return self._gather(*self._data, *self._choose(self._start + index))
+        return self._batch(index)
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` under JAX; elsewhere the batch is made by NumPy."""
-    if keras.backend.backend() != "jax":
-        return function
+def _on_device(
+    gather: Callable[..., tuple[Any, Any]],
+    data: tuple[Any, ...],
+    choices: list[tuple[np.ndarray, ...]],
+) -> Callable[[int], tuple[Any, Any]]:
     import jax
 
-    return jax.jit(function)
+    plan = jax.device_put([np.stack(part) for part in zip(*choices, strict=True)])
+    places = jax.device_put([np.int32(place) for place in range(len(choices))])
+
+    @jax.jit
+    def batch(data: tuple[Any, ...], plan: list[Any], place: Any) -> tuple[Any, Any]:
+        return gather(*data, *(part[place] for part in plan))
+
+    return lambda index: batch(data, plan, places[index])
 
 
 def resident(array: np.ndarray) -> Any:

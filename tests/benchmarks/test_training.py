@@ -54,7 +54,10 @@ class Tiny(training.Task):
     def batches(self, run, start):
         data = training.resident(self.x), training.resident(self.y)
         picks = np.random.default_rng(run.seed).integers(0, 64, (run.steps, 8), dtype="int32")
-        gather = training.compiled(lambda x, y, index: (x[index], y[index]))
+
+        def gather(x, y, index):
+            return x[index], y[index]
+
         return training.Gathered(gather, data, lambda step: (picks[step],), start, run.steps)
 
     def interval(self, run):

@@ -171,7 +171,7 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         forward: how products are computed while training. None: in float, from dequantized
             operands. "int8": on the integer units, from codes of up to 8 bits (Theorem 1 of
             arXiv 2409.09245); gradients are the same, the outputs equal up to rounding.
-            `Dense` layers have such a product, and others are named in a warning.
+            `Dense` and `EinsumDense` have such products; others are named in a warning.
 
     Raises:
         TypeError, ValueError: name the argument, the value received and what is accepted.

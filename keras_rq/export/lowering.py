@@ -32,7 +32,6 @@ from keras_rq.layers.products import (
     Depthwise,
     Einsum,
     Lookup,
-    MatMul,
     Product,
     Spatial,
 )
@@ -154,13 +153,10 @@ class Lowering:
             }
         if isinstance(product, Depthwise) and self._codes_on_both_sides(product):
             return self._spatial(product, x, kernel, label, self._depthwise)
-        if isinstance(product, MatMul) or (isinstance(product, Einsum) and product.is_matmul):
+        if product.is_matmul:
             matmul = self._matmul if reason is None else self._matmul_in_float
-            if isinstance(product, MatMul):
-                return matmul(x, kernel, label)
-            flat, _, restore = product.as_matmul(x, kernel.kernel)
-            kernel = kernel.map(lambda array: product.as_matmul(x, array)[1])
-            return restore(matmul(flat, kernel, label))
+            matrix, restore = product.input_as_matrix(x, kernel.kernel.shape)
+            return restore(matmul(matrix, kernel.map(product.kernel_as_matrix), label))
         if reason is None:
             return self._spatial(product, x, kernel, label, self._convolution)
         return self._in_float(product, x, kernel, label)
@@ -173,7 +169,7 @@ class Lowering:
             return "only one of its two operands is quantized"
         if q.weights.rotation != q.activations.rotation:
             return "its operands are not rotated alike"
-        if isinstance(product, MatMul) or (isinstance(product, Einsum) and product.is_matmul):
+        if product.is_matmul:
             return None
         if isinstance(product, Einsum):
             return f"the einsum {product.equation!r} is no plain matrix product"

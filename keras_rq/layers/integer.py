@@ -21,7 +21,7 @@ def reason_for_float(product: Product, quantization: LayerQuantization) -> str |
         return "only one of its operands is quantized"
     if weights.has_parameters or activations.has_parameters:
         return "a quantizer has variables of its own"
-    if not isinstance(product, MatMul):
+    if not product.is_matmul:
         return "it is no plain matrix product"
     if "fp4" in (weights.bits, activations.bits):
         return "FP4 codes are no integers"
@@ -31,12 +31,23 @@ def reason_for_float(product: Product, quantization: LayerQuantization) -> str |
     return "its operands have different blocks" if len(sizes) > 1 else None
 
 
+_MATRICES = MatMul()
+
+
 @dataclass(frozen=True)
 class IntegerForward:
-    """Computes a product from codes; `constants` are the tensors of the quantized kernel."""
+    """Computes a product from codes; `constants` are the tensors of the quantized kernel.
+
+    Attributes:
+        product: which one.
+        quantization: of the layer.
+        kernel_shape: as the layer has it.
+        kernel: as a matrix.
+    """
 
     product: Product
     quantization: LayerQuantization
+    kernel_shape: tuple[int, ...]
     kernel: QuantizedTensor
 
     @classmethod
@@ -44,8 +55,9 @@ class IntegerForward:
         cls, product: Product, quantization: LayerQuantization, kernel: Any
     ) -> IntegerForward:
         """Quantizes the float32 kernel."""
-        weights = quantization.weights
-        return cls(product, quantization, weights.quantize(kernel, product.kernel_blocks(weights)))
+        weights, matrix = quantization.weights, product.kernel_as_matrix(kernel)
+        quantized = weights.quantize(matrix, _MATRICES.kernel_blocks(weights))
+        return cls(product, quantization, tuple(kernel.shape), quantized)
 
     @property
     def constants(self) -> tuple[Any, ...]:
@@ -63,5 +75,6 @@ class IntegerForward:
             like.rotated,
         )
         activations = self.quantization.activations
-        codes_of_x = activations.quantize(x, self.product.input_blocks(activations))
-        return ops.cast(affine_matmul(codes_of_x, kernel), x.dtype)
+        matrix, restore = self.product.input_as_matrix(x, self.kernel_shape)
+        codes_of_x = activations.quantize(matrix, _MATRICES.input_blocks(activations))
+        return ops.cast(restore(affine_matmul(codes_of_x, kernel)), x.dtype)

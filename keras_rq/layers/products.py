@@ -39,6 +39,7 @@ class Product:
     kernel_shared: tuple[int, ...]
 
     is_convolution = False
+    is_matmul = False  # whether it is a product of two matrices, but for the order of axes
     can_block = True  # whether integer block sizes make sense for the contraction
 
     def input_blocks(self, quantizer: Quantizer) -> Blocks:
@@ -79,8 +80,18 @@ class MatMul(Product):
     kernel_axes: tuple[int, ...] = (0,)
     kernel_shared: tuple[int, ...] = ()
 
+    is_matmul = True
+
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.matmul(x, kernel)
+
+    def kernel_as_matrix(self, kernel: Any) -> Any:
+        """The kernel as `(K, N)`."""
+        return kernel
+
+    def input_as_matrix(self, x: Any, kernel_shape: Shape) -> tuple[Any, Callable[[Any], Any]]:
+        """The input as `(..., K)`, and what makes the layer's output of the product `(..., N)`."""
+        return x, lambda product: product
 
 
 @dataclass(frozen=True)
@@ -115,27 +126,36 @@ class Einsum(Product):
         free_x, free_kernel = set(x) - contracted, set(kernel) - contracted
         return not free_x & free_kernel and free_x | free_kernel == set(output)
 
-    def as_matmul(self, x: Any, kernel: np.ndarray) -> tuple[Any, np.ndarray, Callable[[Any], Any]]:
-        """Operands as `(..., K)` and `(K, N)`, and what makes the equation's output of `(..., N)`.
+    def kernel_as_matrix(self, kernel: Any) -> Any:
+        """The kernel as `(K, N)`, only where `is_matmul`.
 
-        Only where `is_matmul`; contracted letters are merged in their order in the kernel.
+        Contracted letters are merged in their order in the kernel, as blocks run.
+        """
+        free = [a for a in range(len(kernel.shape)) if a not in self.kernel_axes]
+        length = math.prod(kernel.shape[a] for a in self.kernel_axes)
+        if isinstance(kernel, np.ndarray):
+            return kernel.transpose((*self.kernel_axes, *free)).reshape(length, -1)
+        return ops.reshape(ops.transpose(kernel, (*self.kernel_axes, *free)), (length, -1))
+
+    def input_as_matrix(self, x: Any, kernel_shape: Shape) -> tuple[Any, Callable[[Any], Any]]:
+        """The input as `(..., K)`, and what makes the equation's output of the product `(..., N)`.
+
+        Only where `is_matmul`.
         """
         labels_x, labels_kernel, output = self._labels(len(x.shape))
         contracted = [labels_kernel[a] for a in self.kernel_axes]
         free_x = [letter for letter in labels_x if letter not in contracted]
         free_kernel = [letter for letter in labels_kernel if letter not in contracted]
         x = ops.transpose(x, [labels_x.index(letter) for letter in (*free_x, *contracted)])
-        kernel = kernel.transpose(
-            [labels_kernel.index(letter) for letter in (*contracted, *free_kernel)]
-        )
-        lead, columns = tuple(x.shape[: len(free_x)]), tuple(kernel.shape[len(contracted) :])
+        lead = tuple(ops.shape(x))[: len(free_x)]
+        columns = tuple(kernel_shape[labels_kernel.index(letter)] for letter in free_kernel)
         order = [(*free_x, *free_kernel).index(letter) for letter in output]
 
         def restore(product: Any) -> Any:
             return ops.transpose(ops.reshape(product, (*lead, *columns)), order)
 
-        length = math.prod(kernel.shape[: len(contracted)])
-        return ops.reshape(x, (*lead, length)), kernel.reshape(length, -1), restore
+        length = math.prod(kernel_shape[a] for a in self.kernel_axes)
+        return ops.reshape(x, (*lead, length)), restore
 
     def _labels(self, input_rank: int) -> tuple[str, str, str]:
         operands, output = self.equation.replace(" ", "").split("->")

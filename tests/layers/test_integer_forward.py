@@ -16,28 +16,42 @@ X = np.random.default_rng(0).normal(size=(32, 96)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 8)).astype("float32")
 
 
-def model(forward: str | None, **quantizers: Any) -> keras.Model:
+def model(forward: str | None, layer: str = "Dense", **quantizers: Any) -> keras.Model:
     keras.utils.set_random_seed(0)
-    made = keras.Sequential([keras.Input((96,)), keras.layers.Dense(8)])
+    made = keras.Sequential([keras.Input((96,)), *LAYERS[layer]()])
     rq.quantize(made, rq.QuantizationPolicy(**quantizers, forward=forward), verbose=False)
     made.compile(keras.optimizers.SGD(0.1), "mse")
     return made
 
 
+def merged() -> list[keras.layers.Layer]:
+    """A product of two merged axes, as attention layers have, the order of axes another."""
+    return [
+        keras.layers.Reshape((4, 2, 12)),
+        keras.layers.EinsumDense("abcd,dbef->afec", (2, 2, 2)),
+        keras.layers.Flatten(),
+    ]
+
+
+LAYERS = {"Dense": lambda: [keras.layers.Dense(8)], "EinsumDense": merged}
 SPECS = ["A8W8-channel", "A4W4-32", "A4W1-128", "A1.5W1.5-channel", "A1W1-96"]
 
 
 @pytest.mark.forward
+@pytest.mark.filterwarnings("error:forward=")
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("spec", SPECS)
-def test_outputs_are_those_of_the_float_product(spec: str):
-    received, expected = (to_numpy(model(f, spec=spec)(X)) for f in ("int8", None))
+def test_outputs_are_those_of_the_float_product(spec: str, layer: str):
+    received, expected = (to_numpy(model(f, layer, spec=spec)(X)) for f in ("int8", None))
     assert relative_error(received, expected) < 2e-6
 
 
 @pytest.mark.skipif(BACKEND == "numpy", reason="no gradients")
+@pytest.mark.filterwarnings("error:forward=")
+@pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("spec", SPECS)
-def test_gradients_are_those_of_the_float_product(spec: str):
-    integer, floating = model("int8", spec=spec), model(None, spec=spec)
+def test_gradients_are_those_of_the_float_product(spec: str, layer: str):
+    integer, floating = model("int8", layer, spec=spec), model(None, layer, spec=spec)
     start = integer.get_weights()
     for one in (integer, floating):
         one.train_on_batch(X, Y)

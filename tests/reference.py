@@ -44,6 +44,10 @@ class Spec:
         half = np.arange(2**self.bits) - (2**self.bits - 1) / 2
         return 2 * half if self.bits == 1 or self.keep else half - 0.5
 
+    @property
+    def has_tie_at_zero(self) -> bool:
+        return self.midrise and len(self.codes) % 2 == 0
+
 
 def levels(bits: Any, affine: bool) -> np.ndarray:
     """All codes in ascending order."""
@@ -200,6 +204,10 @@ def quantize(x: np.ndarray, spec: Spec, codes: np.ndarray | None = None) -> Resu
     for at in blocks(x.shape, spec):
         step, zero = lay_grid(x[at], spec)
         own, distance[at] = nearest((x[at] - zero) / step, spec.codes)
+        if spec.has_tie_at_zero:  # which is the same on every machine, and goes up
+            above = spec.codes[spec.codes * step + zero > 0].min()
+            own = np.where(x[at] == 0, above, own)
+            distance[at] = np.where(x[at] == 0, np.inf, distance[at])
         rounded[at] = own * mask[at]
         q = rounded[at] if codes is None else codes[at]
         y[at] = dequantize(x[at], q, spec, step, zero)

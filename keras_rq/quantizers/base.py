@@ -64,7 +64,8 @@ class Quantizer:
             above, "minmax" where there is an offset and "absmax" where there is none.
         rotation: None or "hadamard".
         trust: None, or a factor >= 0: gradients stop at elements that lie farther outside the grid
-            than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge.
+            than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge. What is
+            pruned lies inside as a rule, and keeps its gradient.
         sparsity: None, "N:M", (N, M), "N:M-paired" (neighbours stay or go together), or the
             fraction of zeros.
         calibration: "dynamic", the statistics of the tensor at hand; "static", for inputs of

@@ -10,7 +10,7 @@ from gradients import BACKEND, relative_error, to_numpy
 from keras import ops
 
 from keras_rq.numerics.blocks import BlockView, TileView
-from keras_rq.quantizers import Ridge, StraightThrough
+from keras_rq.quantizers import EWGS, BitNet, QuEST, Ridge, StraightThrough
 
 on_jax = pytest.mark.skipif(BACKEND != "jax", reason="JAX only")
 on_torch = pytest.mark.skipif(BACKEND != "torch", reason="PyTorch only")
@@ -24,6 +24,9 @@ QUANTIZERS = [
     Ridge("fp4", block_size=64),
     Ridge(2, range="absmax", block_size=64),
     StraightThrough(4, trust=0.0, range="rms", block_size=64),
+    QuEST(4, rotation=None),
+    BitNet(1, block_size=64),
+    EWGS(2, block_size=64),
 ]
 quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: repr(q)[:40])
 # Rows that fill no tile, an odd length, columns, columns that fill no tile, a convolution's kernel,

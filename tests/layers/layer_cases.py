@@ -15,7 +15,7 @@ from keras import layers
 from reference import Spec
 
 from keras_rq.policy import LayerQuantization
-from keras_rq.quantizers import Quantizer, Ridge, StraightThrough
+from keras_rq.quantizers import EWGS, Quantizer, QuEST, Ridge, StraightThrough
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -73,7 +73,7 @@ def spec_of(quantizer: Quantizer, operand: Operand) -> Spec:
         block = quantizer.conv_block_size
     if not operand.can_block and block != "tensor":
         block = "channel"
-    keep = tuple(int(n) for n in quantizer.sparsity.split(":")) if quantizer.sparsity else None
+    numbers, _, paired = (quantizer.sparsity or "").partition("-")
     return Spec(
         bits=quantizer.bits,
         affine=quantizer.has_offset,
@@ -82,8 +82,10 @@ def spec_of(quantizer: Quantizer, operand: Operand) -> Spec:
         block=block,
         axes=operand.axes,
         shared=operand.shared,
-        keep=keep,
-        trust=quantizer.trust,
+        keep=tuple(int(n) for n in numbers.split(":")) if numbers else None,
+        paired=bool(paired),
+        midrise=isinstance(quantizer, QuEST),
+        trust=quantizer.trust_factor,
         rotated=quantizer.rotation is not None,
         edge=quantizer.grid.gaussian_edge,
     )
@@ -108,6 +110,10 @@ SCHEMES = {
         Scheme("rotated", Ridge(4, rotation="hadamard"), Ridge(4, rotation="hadamard")),
         Scheme("half-rotated", Ridge(4, rotation="hadamard"), Ridge(4)),
         Scheme("fp4-channel", Ridge("fp4", block_size="channel"), Ridge("fp4")),
+        Scheme("QuEST", QuEST(4), QuEST(4)),
+        Scheme("QuEST A1W1", QuEST(1), QuEST(1, rotation=None)),
+        Scheme("QuEST-4:8-paired", QuEST(4, sparsity="4:8-paired"), QuEST(8)),
+        Scheme("EWGS", EWGS(4), EWGS(2)),
         Scheme("W2", Ridge(2), None),
         Scheme("A2", None, Ridge(2)),
     )

@@ -156,6 +156,11 @@ def test_schemes(name: str, scheme: Scheme):
     assert_equals_float_layer_on_quantized_operands(case, scheme)
 
 
+@pytest.mark.parametrize("case", [case for case in GEOMETRIES if case.pads], **named)
+def test_padding_where_zero_lies_between_two_levels(case: LayerCase):
+    assert_equals_float_layer_on_quantized_operands(case, SCHEMES["QuEST"])
+
+
 @pytest.mark.parametrize("case", [*KINDS, *GEOMETRIES], **named)
 def test_without_quantizers_it_is_the_keras_layer(case: LayerCase):
     layer, x = quantized_layer(case, FLOAT), draw_input(case, FLOAT)
@@ -268,7 +273,7 @@ def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.einsum("bhqk,bkhd->bqhd", weights, v)
 
 
-@pytest.mark.parametrize("scheme", [SCHEMES["A4W1"], SCHEMES["blocks"]], **named)
+@pytest.mark.parametrize("scheme", [SCHEMES["A4W1"], SCHEMES["blocks"], SCHEMES["QuEST"]], **named)
 @pytest.mark.parametrize(
     ("attention", "repeats"),
     [

@@ -12,6 +12,7 @@ import pytest
 from zoo import MAKERS, Member, nested, subclassed
 
 import keras_rq as rq
+from keras_rq.quantizers import EWGS
 from keras_rq.training.surgery import quantized_layers
 
 A4W1 = rq.QuantizationPolicy("A4W1")
@@ -96,6 +97,32 @@ def test_weights_travel_between_the_float_and_the_quantized_model(journey: Journ
         variable.assign(np.zeros(variable.shape))
     other.load_weights(tmp_path / "float.weights.h5")
     assert_all_equal(other.weights, fresh.model.weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("images", rq.presets.quest("A4W4-channel-4:8-paired")),
+        ("tokens", rq.presets.quest("A4W4-channel-4:8-paired")),
+        ("nested", rq.presets.bitnet("A8W1")),
+        ("nested", rq.QuantizationPolicy(weights=EWGS(4), activations=EWGS(4))),
+    ],
+    ids=["QuEST-images", "QuEST-tokens", "BitNet", "EWGS"],
+)
+def test_other_estimators_train_and_are_saved(name: str, policy: Any, tmp_path: Path):
+    keras.utils.set_random_seed(0)
+    member = MAKERS[name]()
+    report = member.model.quantize(policy, verbose=False)
+    assert all("norm" in path for path in report.kept_float)
+    member.compile()
+    losses = member.fit(epochs=10)
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    member.model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert [layer.quantization for layer in quantized_layers(loaded)] == [
+        layer.quantization for layer in quantized_layers(member.model)
+    ]
+    np.testing.assert_array_equal(member.predict(loaded), member.predict())
 
 
 @pytest.mark.once

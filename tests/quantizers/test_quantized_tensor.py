@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_rq.numerics import packing
-from keras_rq.quantizers import Ridge
+from keras_rq.quantizers import QuEST, Ridge
 
 pytestmark = pytest.mark.forward
 CASES = [
@@ -72,6 +72,24 @@ def test_bits_per_element(bits: Any, affine: bool, sparsity: Any, expected: floa
     tensor = quantize(x, Ridge(bits, affine=affine, sparsity=sparsity))
     assert tensor.bits_per_element == pytest.approx(expected, rel=1e-9)
     assert f"bits_per_element={expected:.3f}" in repr(tensor)
+
+
+@few
+@given(
+    st.sampled_from([1, 1.5, 2, 4, 8, "fp4"]),
+    st.sampled_from([None, "4:8-paired"]),
+    st.integers(0, 2**32 - 1),
+)
+def test_packed_codes_of_quest_come_back(bits: Any, sparsity: Any, seed: int):
+    """The offset of a mid-rise grid is half its step, and not stored."""
+    x = np.random.default_rng(seed).normal(size=(3, 40)).astype("float32")
+    tensor = quantize(x, QuEST(bits, sparsity=sparsity))
+    arrays = tensor.packed()
+    assert np.array_equal(unpack(arrays, tensor), to_numpy(tensor.codes))
+    assert "offset" not in arrays and ("mask" in arrays) == (sparsity is not None)
+    _, scale, offset = tensor
+    half = 0 if tensor.grid.anchor == 0 else 0.5
+    assert np.array_equal(to_numpy(offset), half * to_numpy(scale))
 
 
 def test_linear_tensors_have_zero_offsets():

@@ -194,8 +194,11 @@ def test_normalization_has_bytes_and_no_kernel():
         # Five ternary digits to a byte, and no offset.
         (rq.QuantizationPolicy("W1.5"), 8 * (70 * 4 // 5) + 32 * 4),
         (rq.QuantizationPolicy("Wfp4-channel"), 4 * 70 * 4 + 32 * 4),
+        # A scale per channel and no offset; a mask of 70 bits, and 4 bits of 36 in each channel.
+        (rq.presets.quest("W4"), 4 * 70 * 4 + 32 * 4),
+        (rq.presets.quest("W4-channel-4:8-paired"), 70 * 4 + 4 * 36 * 4 + 32 * 4),
     ],
-    ids=["W8", "W3", "W2-tensor", "W1-32", "W1.5", "Wfp4-channel"],
+    ids=["W8", "W3", "W2-tensor", "W1-32", "W1.5", "Wfp4-channel", "QuEST", "QuEST-4:8-paired"],
 )
 def test_bytes_of_every_storage(policy: Any, bits: int):
     row = row_of(layers.Dense(4, use_bias=False), (70,), policy)

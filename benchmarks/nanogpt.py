@@ -31,10 +31,20 @@ DECIDING_SETTINGS = ("A1W1", "A4W4")
 FLOAT = {"method": "float", "setting": "float"}
 # One field of `Ridge` after the other is changed. The range is one that linear and affine grids
 # can both have.
-KNOB_BASE = {"affine": True, "range": "rms", "ridge_lambda": 0.01, "block_size": 128}
+KNOB_BASE = {
+    "affine": True,
+    "range": "rms",
+    "trust": 0.6,
+    "ridge_lambda": 0.01,
+    "fit_gradient": True,
+    "block_size": 128,
+}
+KNOB_RATE = 4e-3
 KNOBS: dict[str, tuple[Any, ...]] = {
     "affine": (True, False),
+    "trust": (None, 0.3, 0.6, 1.0),
     "ridge_lambda": (0.0, 1e-4, 1e-2, 1.0),
+    "fit_gradient": (True, False),
     "block_size": (32, 64, 128, "channel"),
     "range": ("rms", "absmax", "minmax"),
 }
@@ -88,7 +98,7 @@ class Plans:
 
     def knob(self, name: str) -> list[runs.Order]:
         """The runs that differ in one field."""
-        place = {"method": "ridge", "setting": "A1W1"}
+        place = {"method": "ridge", "setting": "A1W1", "lr": KNOB_RATE}
         fields = [{"both": {**KNOB_BASE, name: value}} for value in KNOBS[name]]
         return self.runs([{**place, "fields": one} for one in fields])
 

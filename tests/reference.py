@@ -169,7 +169,7 @@ def dequantize(v: np.ndarray, q: np.ndarray, spec: Spec, step: float, zero: floa
 def closed_form(
     v: np.ndarray, q: np.ndarray, g: np.ndarray, spec: Spec, step: float, zero: float
 ) -> np.ndarray:
-    """The vector-Jacobian product of methods.md, section 1.4."""
+    """The vector-Jacobian product that follows from the regression, in closed form."""
     if spec.ridge_lambda is None:
         return g
     n, delta = len(v), q - (v - zero) / step

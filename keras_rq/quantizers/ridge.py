@@ -8,7 +8,7 @@ from keras_rq.numerics.blocks import BlockView
 from keras_rq.numerics.dequantizers import Line, RidgeFit, ridge_fit_noise, ridge_gradient
 from keras_rq.numerics.grids import Bits
 from keras_rq.numerics.ranges import Range
-from keras_rq.quantizers.base import Quantizer, check_nonnegative, serializable
+from keras_rq.quantizers.base import Quantizer, check_flag, check_nonnegative, serializable
 from keras_rq.quantizers.rule import Rounding
 
 
@@ -26,6 +26,9 @@ class Ridge(Quantizer):
         affine: see `Quantizer`.
         ridge_lambda: penalty on the slope, >= 0, in squared code units; mean-normalised, so that
             its weight does not depend on the block size. The paper uses 0.01 throughout.
+        fit_gradient: whether the fitted scale and offset carry gradient, as in the paper. Without
+            it, the gradient is a multiple of the upstream one: straight-through, with the scale of
+            a least-squares fit.
         block_size: see `Quantizer`.
         range: see `Quantizer`.
         rotation: see `Quantizer`.
@@ -52,6 +55,7 @@ class Ridge(Quantizer):
         *,
         affine: bool | str = "auto",
         ridge_lambda: float = 0.01,
+        fit_gradient: bool = True,
         block_size: int | str = 128,
         range: str = "auto",
         rotation: str | None = None,
@@ -72,6 +76,7 @@ class Ridge(Quantizer):
             conv_block_size=conv_block_size,
         )
         self.ridge_lambda = check_nonnegative("ridge_lambda", ridge_lambda)
+        self.fit_gradient = check_flag("fit_gradient", fit_gradient)
 
     def fit(self, codes: Any, noise: Any, view: BlockView) -> RidgeFit:
         # Positions on codes, rather than values on codes: a flat block is then exactly zero, and
@@ -91,7 +96,10 @@ class Ridge(Quantizer):
     def gradient(
         self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
     ) -> Any:
+        if not self.fit_gradient:
+            return RidgeFit(*fitted).slope * upstream
         return ridge_gradient(RidgeFit(*fitted), rounding.codes, rounding.noise, upstream, view)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "ridge_lambda": self.ridge_lambda}
+        own = {"ridge_lambda": self.ridge_lambda, "fit_gradient": self.fit_gradient}
+        return {**super().get_config(), **own}

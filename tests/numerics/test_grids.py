@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_rq.numerics.grids import SUPPORTED_BITS, check_bits, grid_for, midrise_grid
 
-# Mean squared errors on a standard normal that QuEST publishes (methods.md, section 2.1).
+# Mean squared errors on a standard normal that QuEST publishes.
 PUBLISHED_ERRORS = {2: 0.36338, 3: 0.19017, 4: 0.11885, 8: 0.03744, 16: 0.011543, 256: 8.78e-5}
 grids = pytest.mark.parametrize(
     "grid",

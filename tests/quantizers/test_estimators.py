@@ -25,7 +25,7 @@ def fake_quantize(x: np.ndarray, quantizer: Any) -> np.ndarray:
     return to_numpy(rq.ops.fake_quantize(x, quantizer))
 
 
-# Published special cases (methods.md, sections 1.4 and 2).
+# Published special cases.
 
 
 @pytest.mark.forward
@@ -70,8 +70,16 @@ def test_without_noise_ridge_is_straight_through():
     assert relative_error(y, x) < 1e-6 and relative_error(gradient, upstream) < 1e-5
 
 
+def test_a_fit_without_gradient_leaves_its_slope():
+    quantizer = Ridge(4, range="minmax", fit_gradient=False)
+    _, gradient = value_and_gradient(fake_quantizer(quantizer), ROWS, UPSTREAM)
+    scale = to_numpy(rq.ops.quantize(ROWS, quantizer).scale)
+    width = (ROWS.max(axis=1, keepdims=True) - ROWS.min(axis=1, keepdims=True)) / 15
+    assert relative_error(gradient, scale / width * UPSTREAM) < 1e-5
+
+
 def quest(x: np.ndarray, bits: int, trust: float) -> tuple[np.ndarray, np.ndarray]:
-    """Quantized values and trust mask as QuEST's code computes them (methods.md, 2.1 to 2.3)."""
+    """Quantized values and trust mask as QuEST's code computes them."""
     alpha = {1: 0.7978845587140913, 2: 1.4935346200015913}[bits]
     std = np.sqrt(np.mean(x**2, axis=1, keepdims=True))
     scale = alpha * std

@@ -16,10 +16,15 @@ X = np.random.default_rng(0).normal(size=(32, 96)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(32, 8)).astype("float32")
 
 
-def model(forward: str | None, layer: str = "Dense", **quantizers: Any) -> keras.Model:
+def model(
+    forward: str | None,
+    layer: str = "Dense",
+    policy: Any = rq.QuantizationPolicy,
+    **quantizers: Any,
+) -> keras.Model:
     keras.utils.set_random_seed(0)
     made = keras.Sequential([keras.Input((96,)), *LAYERS[layer]()])
-    rq.quantize(made, rq.QuantizationPolicy(**quantizers, forward=forward), verbose=False)
+    rq.quantize(made, policy(**quantizers, forward=forward), verbose=False)
     made.compile(keras.optimizers.SGD(0.1), "mse")
     return made
 
@@ -35,23 +40,31 @@ def merged() -> list[keras.layers.Layer]:
 
 LAYERS = {"Dense": lambda: [keras.layers.Dense(8)], "EinsumDense": merged}
 SPECS = ["A8W8-channel", "A4W4-32", "A4W1-128", "A1.5W1.5-channel", "A1W1-96"]
+policies = pytest.mark.parametrize(
+    ("policy", "spec"),
+    [
+        *((rq.QuantizationPolicy, spec) for spec in SPECS),
+        *((rq.presets.quest, spec) for spec in ("A8W8", "A1W1", "A4W7-channel-4:8-paired")),
+        (rq.presets.bitnet, "A1W1-channel"),
+    ],
+)
 
 
 @pytest.mark.forward
 @pytest.mark.filterwarnings("error:forward=")
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("spec", SPECS)
-def test_outputs_are_those_of_the_float_product(spec: str, layer: str):
-    received, expected = (to_numpy(model(f, layer, spec=spec)(X)) for f in ("int8", None))
+@policies
+def test_outputs_are_those_of_the_float_product(policy: Any, spec: str, layer: str):
+    received, expected = (to_numpy(model(f, layer, policy, spec=spec)(X)) for f in ("int8", None))
     assert relative_error(received, expected) < 2e-6
 
 
 @pytest.mark.skipif(BACKEND == "numpy", reason="no gradients")
 @pytest.mark.filterwarnings("error:forward=")
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("spec", SPECS)
-def test_gradients_are_those_of_the_float_product(spec: str, layer: str):
-    integer, floating = model("int8", layer, spec=spec), model(None, layer, spec=spec)
+@policies
+def test_gradients_are_those_of_the_float_product(policy: Any, spec: str, layer: str):
+    integer, floating = (model(f, layer, policy, spec=spec) for f in ("int8", None))
     start = integer.get_weights()
     for one in (integer, floating):
         one.train_on_batch(X, Y)

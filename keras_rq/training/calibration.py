@@ -38,6 +38,9 @@ def calibrate(
     Inputs with `calibration="static"` get a fixed range and dequantizer, inputs of quantizers that
     learn get their first range. Everything else stays as it is. Calling it again starts anew.
 
+    Calibrate a model that has been trained in float: activations grow in the first steps of
+    training, a static range does not follow, and a learned one slowly.
+
     Args:
         model: a built, quantized Keras model (or layer).
         data: what the model takes: an array, or several in the structure of the model's inputs; or

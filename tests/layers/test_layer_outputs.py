@@ -11,6 +11,7 @@ import pytest
 import reference
 from gradients import BACKEND, compiled, relative_error, to_numpy, value_and_gradient
 from keras import layers
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from layer_cases import (
     GEOMETRIES,
     KINDS,
@@ -31,6 +32,7 @@ from keras_rq.policy import LayerQuantization
 ROUNDING = 2e-6
 
 FLOAT = Scheme("float", None, None)
+RECURRENT = {layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell, ConvLSTMCell}
 
 
 def run(layer: Any, x: np.ndarray) -> np.ndarray:
@@ -134,7 +136,8 @@ named = {"ids": lambda value: value.name.replace(" ", "-")}
 
 
 def test_every_supported_layer_has_a_case():
-    assert {case.keras_class for case in KINDS} | {layers.Embedding} == set(supported_layers())
+    elsewhere = {layers.Embedding, *RECURRENT}  # here below, and in test_recurrent.py
+    assert {case.keras_class for case in KINDS} | elsewhere == set(supported_layers())
 
 
 @pytest.mark.forward

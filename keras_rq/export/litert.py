@@ -45,7 +45,7 @@ class LiteRTFile:
     @property
     def part_names(self) -> list[str]:
         """What the inputs of `parts` are called, in order."""
-        return _part_names(len(self.products))
+        return _part_names(sum(1 for product in self.products if not product.in_loop))
 
 
 def build(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
@@ -80,7 +80,8 @@ def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
     signature = [tf.TensorSpec(spec.shape, spec.dtype, name=spec.name) for spec in flat]
     with all_lowered_by(model, lambda layer: Lowering(graph, layer, calls)):
         content = _convert(serve, signature, graph)
-    parts = _build_parts(calls, optimize) if calls else b""
+    apart = [call for call in calls if not call.lowered.in_loop]
+    parts = _build_parts(apart, optimize) if apart else b""
     return LiteRTFile(content, parts, tuple(call.lowered for call in calls))
 
 

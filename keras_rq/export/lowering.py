@@ -35,6 +35,7 @@ from keras_rq.layers.products import (
     Product,
     Spatial,
 )
+from keras_rq.layers.sharing import in_loop
 from keras_rq.numerics import rotations
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.dequantizers import Line
@@ -49,11 +50,13 @@ class Lowered:
         path: of the layer, and the name of the kernel.
         kernel: "integer" or "float".
         reason: why it runs in float, where it does.
+        in_loop: it lies in the body of a loop, and cannot be run by itself.
     """
 
     path: str
     kernel: str
     reason: str | None = None
+    in_loop: bool = False
 
 
 class Call(NamedTuple):
@@ -141,6 +144,8 @@ class Lowering:
     def __call__(self, name: str, product: Product, x: Any) -> Any:
         """Stands in for the product of `x` and the kernel called `name`."""
         label = f"{self.layer.path}/{name}"
+        if in_loop():
+            return self._in_loop(name, product, x, label)
         reason = self._reason_for_float(product)
         lowered = Lowered(label, "float" if reason else "integer", reason)
         dtype = keras.backend.standardize_dtype(x.dtype)
@@ -160,6 +165,26 @@ class Lowering:
         if reason is None:
             return self._spatial(product, x, kernel, label, self._convolution)
         return self._in_float(product, x, kernel, label)
+
+    def _in_loop(self, name: str, product: Product, x: Any, label: str) -> Any:
+        """The product as it is trained, from constants: the markers of integer weights lie outside.
+
+        The body of a loop is traced more than once, for one entry in the report.
+        """
+        reason = "it lies in a loop over time steps; its weights are stored as float32"
+        lowered = Lowered(label, "float", reason, in_loop=True)
+        if all(call.lowered != lowered for call in self.calls):
+            dtype = keras.backend.standardize_dtype(x.dtype)
+            self.calls.append(Call(self.layer, name, product, tuple(x.shape), dtype, lowered))
+        q = self.layer.quantization
+        with outside_trace():
+            kernel = self.layer.float32_kernel(name)
+            if q.weights is not None:
+                kernel = q.weights.fake_quantize(kernel, product.kernel_blocks(q.weights))
+            kernel = ops.convert_to_numpy(kernel)
+        if q.activations is not None and product.input_axes:
+            x = q.activations.fake_quantize(x, product.input_blocks(q.activations))
+        return product.apply(x, ops.convert_to_tensor(kernel))
 
     def _reason_for_float(self, product: Product) -> str | None:
         q = self.layer.quantization

@@ -31,6 +31,7 @@ from keras import ops
 
 from keras_rq.export import signatures
 from keras_rq.layers.base import QuantizedLayer, all_lowered_by
+from keras_rq.layers.sharing import in_loop
 
 # What float32 dot products of a few hundred terms are uncertain by, relative to the largest value.
 _LAST_BITS = 2.0**-21
@@ -176,6 +177,8 @@ def _observe_calls(model: keras.Model, batch: Any) -> list[_Observed]:
     def observer(layer: QuantizedLayer) -> Callable[..., Any]:
         def observe(name: str, product: Any, x: Any) -> Any:
             y = layer.multiply_quantized(name, x)
+            if in_loop():
+                return y
             arrays = ops.convert_to_numpy(x), ops.convert_to_numpy(y)
             moved = [
                 ops.convert_to_numpy(

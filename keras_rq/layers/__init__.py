@@ -14,6 +14,12 @@ from keras_rq.layers.convolutional import (
     QuantizedSeparableConv2D,
 )
 from keras_rq.layers.core import QuantizedDense, QuantizedEinsumDense, QuantizedEmbedding
+from keras_rq.layers.recurrent import (
+    QuantizedConvLSTMCell,
+    QuantizedGRUCell,
+    QuantizedLSTMCell,
+    QuantizedSimpleRNNCell,
+)
 from keras_rq.layers.registry import quantized_class, supported_layers
 
 __all__ = [
@@ -23,14 +29,18 @@ __all__ = [
     "QuantizedConv2DTranspose",
     "QuantizedConv3D",
     "QuantizedConv3DTranspose",
+    "QuantizedConvLSTMCell",
     "QuantizedDense",
     "QuantizedDepthwiseConv1D",
     "QuantizedDepthwiseConv2D",
     "QuantizedEinsumDense",
     "QuantizedEmbedding",
+    "QuantizedGRUCell",
+    "QuantizedLSTMCell",
     "QuantizedLayer",
     "QuantizedSeparableConv1D",
     "QuantizedSeparableConv2D",
+    "QuantizedSimpleRNNCell",
     "quantized_class",
     "supported_layers",
 ]

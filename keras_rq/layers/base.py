@@ -7,7 +7,7 @@ Quantizers that learn, or have static ranges, add theirs (`keras_rq.layers.param
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import keras
 from keras import ops
 from keras.src.backend import AutocastScope
-from keras.src.backend.common import global_state
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rq import backend
 from keras_rq.layers import parameters
 from keras_rq.layers.integer import IntegerForward, reason_for_float
 from keras_rq.layers.products import Product
+from keras_rq.layers.sharing import once_per_call
 from keras_rq.policy import LayerQuantization
 
 
@@ -89,6 +89,10 @@ class QuantizedLayer:
         """The layer's products, by the name of the attribute that holds the kernel."""
         raise NotImplementedError
 
+    def output_shape_of(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Shape of the output, for reports."""
+        return self.compute_output_shape(input_shape)
+
     # What a subclass uses.
 
     @property
@@ -115,32 +119,53 @@ class QuantizedLayer:
 
         `values` are those of the quantizers' parameters.
         """
-        product, given = self.products()[name], parameters.of_kernel(self, name).named(values)
-        weights, activations = self.quantization.weights, self.quantization.activations
-        kernel = master
-        # Rotated alike, the operands keep their product: no way back is needed.
-        alike = bool(weights and activations and weights.rotation == activations.rotation)
-        alike = alike and product.shares_rotation(x.shape, kernel.shape)
-        if weights is not None:
-            blocks = product.kernel_blocks(weights)
-            kernel = once_per_call(
-                (id(self), name, alike),
-                lambda: weights.fake_quantize(master, blocks, given.weights, unrotate=not alike),
-            )
+        given = parameters.of_kernel(self, name).named(values)
+        kernel = self.quantized_kernel(name, master, given.weights)
+        forward = self._integer_forward(name, master)
+        return self.apply_product(name, x, kernel, given.inputs, forward)
+
+    def apply_product(
+        self,
+        name: str,
+        x: Any,
+        kernel: Any,
+        given: Mapping[str, Any] | None = None,
+        forward: IntegerForward | None = None,
+    ) -> Any:
+        """The product of an input, to be quantized, and of what `quantized_kernel` made.
+
+        `given` are the values of the input's parameters, those of the layer if left out.
+        """
+        product, activations = self.products()[name], self.quantization.activations
         kernel = ops.cast(kernel, x.dtype)
-        if activations is None:
+        if activations is None or not product.input_axes:
             return product.apply(x, kernel)
-        forward = None
-        if self.quantization.forward == "int8" and not reason_for_float(product, self.quantization):
-            forward = IntegerForward.create(product, self.quantization, ops.stop_gradient(master))
         return activations.multiply(
             x,
             kernel,
             product.apply,
             product.input_blocks(activations),
-            given.inputs,
-            unrotate=not alike,
+            self.input_parameters(name) if given is None else given,
+            unrotate=not self._rotates_alike(product, kernel.shape),
             forward=forward,
+        )
+
+    def quantized_kernel(
+        self, name: str, master: Any, given: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The kernel that enters the product: rotated where its input will be.
+
+        `given` are the values of the kernel's parameters, those of the layer if left out.
+        """
+        weights, product = self.quantization.weights, self.products()[name]
+        if weights is None:
+            return master
+        given = self.kernel_parameters(name) if given is None else given
+        blocks = product.kernel_blocks(weights)
+        unrotate = not self._rotates_alike(product, master.shape)
+        return once_per_call(
+            (id(self), name),
+            lambda: weights.fake_quantize(master, blocks, given, unrotate=unrotate),
         )
 
     def kernel_parameters(self, name: str) -> dict[str, Any]:
@@ -168,6 +193,30 @@ class QuantizedLayer:
                 "keras_rq.calibrate(model, data) with some batches of training data first."
             )
 
+    def prepare_for_loop(self) -> None:
+        """Quantizes the kernels in the trace around a loop that will multiply them."""
+        if self.lowered is None:
+            for name in self.products():
+                master = self.float32_kernel(name)
+                self.quantized_kernel(name, master)
+                self._integer_forward(name, master)
+
+    def _integer_forward(self, name: str, master: Any) -> IntegerForward | None:
+        product, quantization = self.products()[name], self.quantization
+        if quantization.forward != "int8" or reason_for_float(product, quantization):
+            return None
+        return once_per_call(
+            (id(self), name, "codes"),
+            lambda: IntegerForward.create(product, quantization, ops.stop_gradient(master)),
+        )
+
+    def _rotates_alike(self, product: Product, kernel_shape: tuple[int, ...]) -> bool:
+        """Whether the operands, both rotated, keep their product: no way back is needed."""
+        weights, activations = self.quantization.weights, self.quantization.activations
+        if weights is None or activations is None or weights.rotation != activations.rotation:
+            return False
+        return product.shares_rotation(kernel_shape)
+
     def float32_kernel(self, name: str) -> Any:
         """The master kernel: quantizers see it before any cast to the compute dtype."""
         with AutocastScope(None):
@@ -188,26 +237,6 @@ class QuantizedLayer:
 def is_quantized(layer: keras.layers.Layer) -> bool:
     """Whether keras_rq has quantized this layer."""
     return isinstance(layer, QuantizedLayer)
-
-
-def once_per_call(key: Hashable, make: Callable[[], Any]) -> Any:
-    """What `make` makes, once in a call of the outermost layer.
-
-    A layer that a model uses several times then quantizes its kernel once a step, and one gradient
-    comes back to it. Tensors of another trace (the body of a loop, say) are not used.
-    """
-    call = global_state.get_global_attribute("current_call_ctx")
-    place = backend.where_traced()
-    if call is None or place is None:
-        return make()
-    made = call.get_value("keras_rq_made")
-    if made is None:
-        made = {}
-        call.set_value("keras_rq_made", made)
-    known = made.get(key)
-    if known is None or known[0] != place:
-        known = made[key] = (place, make())
-    return known[1]
 
 
 @contextmanager

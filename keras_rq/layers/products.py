@@ -60,11 +60,9 @@ class Product:
         """The product of two float operands."""
         raise NotImplementedError
 
-    def shares_rotation(self, input_shape: Shape, kernel_shape: Shape) -> bool:
+    def shares_rotation(self, kernel_shape: Shape) -> bool:
         """Whether operands that are both rotated have the product of the operands as they were."""
-        along_input = math.prod(input_shape[a] for a in self.input_axes)
-        along_kernel = math.prod(kernel_shape[a] for a in self.kernel_axes)
-        return rotation_size(along_input) == rotation_size(along_kernel)
+        return bool(self.input_axes)  # the same axes of the same sizes, in the same order
 
     def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         """How often each kernel element is used per sample; None if a size is unknown."""
@@ -221,6 +219,10 @@ class Convolution(Spatial):
         geometry = (tuple(strides), tuple(dilation), data_format)
         return cls(axes, shared, (rank,), tuple(range(rank)), *geometry, groups)
 
+    def shares_rotation(self, kernel_shape: Shape) -> bool:
+        channels = kernel_shape[self.kernel_axes[0]]  # of one group; the input is rotated whole
+        return rotation_size(channels) == rotation_size(channels * self.groups)
+
     def apply(self, x: Any, kernel: Any) -> Any:
         return backend.convolve(x, kernel, self.strides, self.dilation, self.data_format)
 
@@ -244,7 +246,7 @@ class Depthwise(Spatial):
             axes, shared, tuple(range(rank)), (), tuple(strides), tuple(dilation), data_format
         )
 
-    def shares_rotation(self, input_shape: Shape, kernel_shape: Shape) -> bool:
+    def shares_rotation(self, kernel_shape: Shape) -> bool:
         return False  # the kernel is rotated along space, the input along channels
 
     def apply(self, x: Any, kernel: Any) -> Any:

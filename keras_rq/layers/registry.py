@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 _CLASSES: dict[type, type] = {}
+_AROUND: dict[type, type] = {}
 
 
 def quantizes(keras_class: type):
@@ -26,6 +27,21 @@ def quantizes(keras_class: type):
     return register
 
 
+def contains(keras_class: type):
+    """Class decorator: a mix-in for layers of `keras_class` that hold quantized layers."""
+
+    def register(cls: type) -> type:
+        _AROUND[keras_class] = cls
+        return cls
+
+    return register
+
+
+def container_mixins(keras_class: type) -> tuple[type, ...]:
+    """What a class of containers does differently around quantized layers."""
+    return tuple(mixin for base, mixin in _AROUND.items() if issubclass(keras_class, base))
+
+
 def quantized_class(keras_class: type) -> type | None:
     """The quantized counterpart of exactly this Keras class."""
     return _CLASSES.get(keras_class)
@@ -41,6 +57,20 @@ def products_of(layer: keras.layers.Layer) -> dict[str, Any]:
     cls = _CLASSES.get(type(layer), type(layer))
     # `products` reads only attributes of the Keras class, so a float layer can stand in for self.
     return cls.products(layer) if hasattr(cls, "products") else {}
+
+
+def output_shape_of(layer: keras.layers.Layer) -> tuple[int | None, ...] | None:
+    """Shape of what a layer with products returns; None where it does not say."""
+    cls = _CLASSES.get(type(layer), type(layer))
+    try:
+        return cls.output_shape_of(layer, built_shape(layer))
+    except NotImplementedError:  # a layer of a user's own
+        return None
+
+
+def built_shape(layer: keras.layers.Layer) -> tuple[int | None, ...] | None:
+    """Shape of the (first) input that a layer was built for."""
+    return next(iter((getattr(layer, "_build_shapes_dict", None) or {}).values()), None)
 
 
 def owns_weights(layer: keras.layers.Layer) -> bool:

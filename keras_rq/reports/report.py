@@ -16,6 +16,7 @@ from keras_rq.layers.products import Product
 from keras_rq.layers.registry import owns_weights, products_of
 from keras_rq.policy import LayerQuantization
 from keras_rq.quantizers import Quantizer
+from keras_rq.reports.energy import energy, time_steps
 
 _FLOAT_BITS = 32
 _FLOAT = LayerQuantization(None, None)
@@ -159,7 +160,8 @@ def report(model: keras.layers.Layer, kept: dict[int, str] | None = None) -> Rep
             "model.build(input_shape), first."
         )
     layers = [layer for layer in model._flatten_layers() if owns_weights(layer)]
-    rows = [_row(layer, (kept or {}).get(id(layer))) for layer in layers]
+    steps = time_steps(model)
+    rows = [_row(layer, (kept or {}).get(id(layer)), steps.get(id(layer), 1)) for layer in layers]
     return Report(model.name, tuple(rows))
 
 
@@ -167,7 +169,7 @@ def _is_quantized(row: Row) -> bool:
     return any(bits not in (None, _FLOAT_BITS) for bits in (row.weight_bits, row.activation_bits))
 
 
-def _row(layer: keras.layers.Layer, reason: str | None) -> Row:
+def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Row:
     quantization = layer.quantization if isinstance(layer, QuantizedLayer) else _FLOAT
     kernels = {name: _value(getattr(layer, name)) for name in products_of(layer)}
     costs = [
@@ -191,7 +193,7 @@ def _row(layer: keras.layers.Layer, reason: str | None) -> Row:
         kernel_elements=elements,
         nbytes=stored + _FLOAT_BITS // 8 * (parameters - elements - learned),
         bits_per_element=8.0 * stored / elements if elements else None,
-        energy=_energy(layer, quantization, kernels),
+        energy=energy(layer, quantization, kernels, steps),
         sqnr_db=_decibels(costs) if quantization.weights else None,
         reason=reason,
     )
@@ -232,38 +234,12 @@ def _decibels(costs: list[_Cost]) -> float | None:
     return 10.0 * math.log10(ratio) if 0.0 < ratio < math.inf else None  # None where NaN, too
 
 
-def _energy(
-    layer: keras.layers.Layer, quantization: LayerQuantization, kernels: dict[str, np.ndarray]
-) -> float | None:
-    shape = getattr(layer, "_build_shapes_dict", None) or {}
-    if not kernels:
-        return 0.0
-    if "input_shape" not in shape:
-        return 0.0 if not _has_input(layer) else None
-    output_shape = layer.compute_output_shape(shape["input_shape"])
-    weights = quantization.weights
-    density = weights.pattern.density if weights and weights.pattern else 1.0
-    per_product = _width(quantization.activations) * _width(weights) * density
-    counts = [
-        (kernels[name].size, product.positions(shape["input_shape"], output_shape))
-        for name, product in products_of(layer).items()
-    ]
-    if any(positions is None for _, positions in counts):
-        return None
-    return per_product * sum(size * positions for size, positions in counts)
-
-
 def _has_input(layer: keras.layers.Layer) -> bool:
     return any(product.input_axes for product in products_of(layer).values())
 
 
 def _bits_of(quantizer: Quantizer | None) -> int | float | str:
     return _FLOAT_BITS if quantizer is None else quantizer.bits
-
-
-def _width(quantizer: Quantizer | None) -> float:
-    bits = _bits_of(quantizer)
-    return 4.0 if bits == "fp4" else float(bits)
 
 
 def _value(variable: Any) -> np.ndarray:

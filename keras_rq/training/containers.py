@@ -14,7 +14,7 @@ import keras
 from keras.src.models.functional import Functional
 
 from keras_rq.layers.base import QuantizedLayer
-from keras_rq.layers.registry import quantized_class
+from keras_rq.layers.registry import container_mixins, quantized_class
 from keras_rq.policy import LayerQuantization
 
 _PACKAGE = "keras_rq"
@@ -44,7 +44,8 @@ def enclose(layer: keras.layers.Layer) -> None:
     original = type(layer)
     if original not in _envelopes:
         body = {"__module__": __name__, "_rq_original": original}
-        envelope = type(original.__name__, (_Envelope, original), body)
+        bases = (_Envelope, *container_mixins(original), original)
+        envelope = type(original.__name__, bases, body)
         # One registered name for every envelope; what it holds says which class is inside.
         keras.saving.register_keras_serializable(_PACKAGE, "QuantizedContainer")(envelope)
         keras.saving.register_keras_serializable(_PACKAGE, "QuantizedContainer")(QuantizedContainer)
@@ -96,7 +97,8 @@ class QuantizedContainer:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> keras.layers.Layer:
-        container = keras.saving.deserialize_keras_object(config["inner"])
+        inner, quantized = _opened(config)
+        container = keras.saving.deserialize_keras_object(inner)
         if not container.built:
             raise ValueError(
                 f"The saved layer {container.name!r} ({type(container).__name__}) cannot be rebuilt"
@@ -105,12 +107,22 @@ class QuantizedContainer:
                 " build_from_config()."
             )
         children = descendants(container)
-        for position, saved in config["quantized"].items():
+        for position, saved in quantized.items():
             _restore(container, children, int(position), dict(saved))
         for layer in [*children, container]:
             if needs_envelope(layer):
                 enclose(layer)
         return container
+
+
+def _opened(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is inside an envelope, and what is quantized there."""
+    rest = dict(config)
+    inner, quantized = rest.pop("inner"), rest.pop("quantized")
+    if rest:
+        # Bidirectional renames the layers that it copies, and turns one of them around.
+        inner = {**inner, "config": {**inner["config"], **rest}}
+    return inner, quantized
 
 
 def _restore(

@@ -103,7 +103,9 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
         rule = policy.rule_for(layer, around)
         used.add(id(rule))
         quantization = policy.resolve(layer, around)
-        reason = _reason_for_float(layer, quantization, rule, filters)
+        reason = _reason_for_float(layer, quantization, rule, filters) or _reason_around(
+            [model, *around]
+        )
         if reason is not None:
             plan.kept.append((layer, reason))
         else:
@@ -136,6 +138,13 @@ def _reason_for_float(
         return f"{rule or 'the policy'} leaves it in float"
     if isinstance(layer, keras.layers.Embedding) and quantization.weights is None:
         return "the policy quantizes activations only, and an Embedding has none"
+    return None
+
+
+def _reason_around(containers_of_layer: list[keras.layers.Layer]) -> str | None:
+    for outer in containers_of_layer:
+        if getattr(outer, "use_cudnn", None) is True:
+            return f"{outer.name!r} asks for use_cudnn=True, and cuDNN quantizes no operands"
     return None
 
 

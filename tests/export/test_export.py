@@ -408,3 +408,23 @@ def test_a_class_of_the_running_script_is_no_matter_here(tmp_path: Path):
     model = keras.Sequential([keras.Input((16,)), layers.Dense(8), InScript()])
     model.quantize(rq.QuantizationPolicy("A8W8"), verbose=False)
     assert rq.export(model, tmp_path / "m.tflite", verbose=False).path.exists()
+
+
+# Loops over time.
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_products_inside_loops_run_in_float_and_are_named(unroll: bool, tmp_path: Path):
+    if unroll and BACKEND != "tensorflow":
+        pytest.skip("the converting process sees the same layers")
+    recurrent = layers.Bidirectional(layers.GRU(4, unroll=unroll), name="both")
+    inputs = keras.Input((5, 8), name="x")
+    model = keras.Model({"x": inputs}, layers.Dense(3)(recurrent(inputs)))
+    model.quantize(rq.QuantizationPolicy("A8W4"), verbose=False)
+    arrays = {"x": np.random.default_rng(0).normal(size=(4, 5, 8)).astype(np.float32)}
+    result = rq.export(model, tmp_path / "m.tflite", inputs=arrays, verbose=False)
+    assert max(differences(result.path, model, arrays)) < PRECISION
+    assert [p.kernel for p in result.products] == ["float"] * 4 + ["integer"]
+    assert {p.reason for p in result.products[:4]} == {
+        "it lies in a loop over time steps; its weights are stored as float32"
+    }

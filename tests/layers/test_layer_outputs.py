@@ -11,6 +11,7 @@ import pytest
 import reference
 from gradients import BACKEND, compiled, relative_error, to_numpy, value_and_gradient
 from keras import layers
+from keras.src.layers.rnn.conv_lstm import ConvLSTMCell
 from layer_cases import (
     GEOMETRIES,
     KINDS,
@@ -31,6 +32,7 @@ from keras_rq.policy import LayerQuantization
 ROUNDING = 2e-6
 
 FLOAT = Scheme("float", None, None)
+RECURRENT = {layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell, ConvLSTMCell}
 
 
 def run(layer: Any, x: np.ndarray) -> np.ndarray:
@@ -134,7 +136,8 @@ named = {"ids": lambda value: value.name.replace(" ", "-")}
 
 
 def test_every_supported_layer_has_a_case():
-    assert {case.keras_class for case in KINDS} | {layers.Embedding} == set(supported_layers())
+    elsewhere = {layers.Embedding, *RECURRENT}  # here below, and in test_recurrent.py
+    assert {case.keras_class for case in KINDS} | elsewhere == set(supported_layers())
 
 
 @pytest.mark.forward
@@ -287,7 +290,11 @@ def test_attention(attention: Any, repeats: int, scheme: Scheme):
     generator = np.random.default_rng(0)
     query, value = (generator.normal(size=(2, n, 8)).astype(np.float32) for n in (3, 5))
     layer(query, value)
-    rq.quantize(layer, rq.QuantizationPolicy(**scheme.quantization.__dict__), verbose=False)
+    rq.quantize(
+        layer,
+        rq.QuantizationPolicy(weights=scheme.weights, activations=scheme.activations),
+        verbose=False,
+    )
 
     # Private names of Keras, the same in both classes.
     q = _project(query.astype(float), layer._query_dense, scheme, 1)
@@ -301,7 +308,11 @@ def test_attention(attention: Any, repeats: int, scheme: Scheme):
 def test_time_distributed():
     model = keras.Sequential([keras.Input((3, 8)), layers.TimeDistributed(layers.Dense(5))])
     scheme = SCHEMES["A4W1"]
-    rq.quantize(model, rq.QuantizationPolicy(**scheme.quantization.__dict__), verbose=False)
+    rq.quantize(
+        model,
+        rq.QuantizationPolicy(weights=scheme.weights, activations=scheme.activations),
+        verbose=False,
+    )
     x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
     kernel = quantized(model.get_weights()[0], scheme.weights, Operand((0,))).y
     expected = quantized(x, scheme.activations, Operand((-1,))).y @ kernel

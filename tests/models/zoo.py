@@ -84,6 +84,20 @@ def volumes() -> Member:
     return Member(model, _numbers(3, 4, 3, 2), _targets())
 
 
+def sequences() -> Member:
+    """Recurrent layers: masked, in both directions, stacked and convolutional; Functional."""
+    inputs = keras.Input((4,), dtype="int32", name="tokens")
+    x = layers.Embedding(9, 8, mask_zero=True, name="embedding")(inputs)
+    x = layers.Bidirectional(layers.LSTM(3, return_sequences=True), name="both")(x)
+    cells = [layers.SimpleRNNCell(4), layers.GRUCell(4)]
+    x = layers.RNN(cells, name="stack")(x)
+    x = layers.Reshape((2, 2, 1), name="frames")(x)
+    x = layers.ConvLSTM1D(2, 3, padding="same", name="frames_lstm")(x)
+    outputs = layers.Dense(2, name="head")(layers.Flatten()(x))
+    x = np.random.default_rng(0).integers(0, 9, (16, 4)).astype(np.int32)
+    return Member(keras.Model(inputs, outputs, name="sequences"), x, _targets())
+
+
 def nested() -> Member:
     """A Sequential model and a layer that is called twice, inside a Functional model."""
     inner = keras.Sequential([keras.Input((8,)), layers.Dense(8, "relu", name="first")], name="in")
@@ -125,4 +139,4 @@ def subclassed() -> Member:
     return member
 
 
-MAKERS = {f.__name__: f for f in (images, tokens, volumes, nested, subclassed)}
+MAKERS = {f.__name__: f for f in (images, tokens, volumes, sequences, nested, subclassed)}

@@ -63,7 +63,7 @@ def test_containers_within_containers(tmp_path: Path):
     x = layers.Bidirectional(layers.LSTM(2))(x)
     model = keras.Sequential([keras.Model(inputs, x), layers.Dense(2)])
     model.quantize(A4W1, verbose=False)
-    assert len(quantized_layers(model)) == 7
+    assert len(quantized_layers(model)) == 9
     loaded = saved_and_loaded(model, tmp_path, custom_objects={"Tower": Tower})
     assert_same(loaded, model)
     assert_same(saved_and_loaded(loaded, tmp_path, custom_objects={"Tower": Tower}), model)

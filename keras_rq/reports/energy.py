@@ -1,0 +1,77 @@
+"""The energy proxy of arXiv 2409.09245: bits of both operands x density x multiplications."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from keras_rq.layers.products import Product
+from keras_rq.layers.recurrent import steps_of
+from keras_rq.layers.registry import built_shape, output_shape_of, products_of
+from keras_rq.policy import LayerQuantization
+from keras_rq.quantizers import Quantizer
+
+_FLOAT_BITS = 32.0
+
+
+def energy(
+    layer: keras.layers.Layer,
+    quantization: LayerQuantization,
+    kernels: dict[str, Any],
+    steps: int | None,
+) -> float | None:
+    """What the products of a layer and its kernels cost per sample.
+
+    Args:
+        layer: any layer.
+        quantization: what it does with its operands.
+        kernels: arrays, by the names of its products.
+        steps: how often a call of the model calls the layer, as `time_steps` counts.
+
+    Returns:
+        The proxy, without data movement; None where a size is unknown.
+    """
+    if not kernels:
+        return 0.0
+    products = products_of(layer)
+    shapes = built_shape(layer), None
+    if any(product.input_axes for product in products.values()):
+        if shapes[0] is None or steps is None:
+            return None
+        shapes = shapes[0], output_shape_of(layer)
+    costs = [
+        _cost(product, quantization, kernels[name].size, *shapes)
+        for name, product in products.items()
+    ]
+    return None if None in costs else sum(costs) * steps
+
+
+def _cost(
+    product: Product, quantization: LayerQuantization, elements: int, *shapes: Any
+) -> float | None:
+    positions = product.positions(*shapes)
+    if not positions:
+        return positions
+    weights = quantization.weights
+    density = weights.pattern.density if weights and weights.pattern else 1.0
+    activations = quantization.activations if product.input_axes else None
+    return _width(activations) * _width(weights) * density * elements * positions
+
+
+def time_steps(model: keras.layers.Layer) -> dict[int, int | None]:
+    """How often one call of `model` calls a layer, by `id(layer)`, where it lies in a loop."""
+    found: dict[int, int | None] = {}
+    for outer in model._flatten_layers():
+        if (steps := steps_of(outer)) == 1:
+            continue
+        for inner in outer._flatten_layers(include_self=False):
+            before = found.get(id(inner), 1)
+            found[id(inner)] = None if None in (before, steps) else before * steps
+    return found
+
+
+def _width(quantizer: Quantizer | None) -> float:
+    if quantizer is None:
+        return _FLOAT_BITS
+    return 4.0 if quantizer.bits == "fp4" else float(quantizer.bits)

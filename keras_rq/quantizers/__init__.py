@@ -6,10 +6,20 @@ from typing import Any
 
 from keras_rq.quantizers.base import Quantizer
 from keras_rq.quantizers.learned_step import LearnedStep
+from keras_rq.quantizers.pact import PACT
 from keras_rq.quantizers.ridge import Ridge
 from keras_rq.quantizers.straight_through import StraightThrough
+from keras_rq.quantizers.stretched_elastic import StretchedElastic
 
-__all__ = ["LearnedStep", "Quantizer", "Ridge", "StraightThrough", "get"]
+__all__ = [
+    "PACT",
+    "LearnedStep",
+    "Quantizer",
+    "Ridge",
+    "StraightThrough",
+    "StretchedElastic",
+    "get",
+]
 
 
 def get(spec: Any) -> Quantizer | None:

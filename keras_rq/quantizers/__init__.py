@@ -8,18 +8,22 @@ from keras_rq.quantizers.base import Quantizer
 from keras_rq.quantizers.bitnet import BitNet
 from keras_rq.quantizers.ewgs import EWGS
 from keras_rq.quantizers.learned_step import LearnedStep
+from keras_rq.quantizers.pact import PACT
 from keras_rq.quantizers.quest import QuEST
 from keras_rq.quantizers.ridge import Ridge
 from keras_rq.quantizers.straight_through import StraightThrough
+from keras_rq.quantizers.stretched_elastic import StretchedElastic
 
 __all__ = [
     "EWGS",
+    "PACT",
     "BitNet",
     "LearnedStep",
     "QuEST",
     "Quantizer",
     "Ridge",
     "StraightThrough",
+    "StretchedElastic",
     "get",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from keras import ops
 
@@ -27,7 +27,7 @@ class Learned(Quantizer):
         others: refused, with what to do instead.
     """
 
-    refused: Mapping[str, str] = {
+    refused: ClassVar[Mapping[str, str]] = {
         "affine": "its dequantizer is linear",
         "range": "its range is trained",
         "calibration": "`keras_rq.calibrate` gives its inputs their first range",
@@ -45,13 +45,9 @@ class Learned(Quantizer):
         conv_block_size: int | str = "channel",
         **others: Any,
     ) -> None:
-        for name, value in others.items():
-            if name not in self.refused:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}.")
-            raise ValueError(
-                f"{type(self).__name__} takes no `{name}`: {self.refused[name]}. "
-                f"Received: {name}={value!r}. Leave it out."
-            )
+        self._refuse(others)
+        for name in others:
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}.")
         super().__init__(
             bits,
             affine=False,
@@ -61,6 +57,14 @@ class Learned(Quantizer):
             sparsity=sparsity,
             conv_block_size=conv_block_size,
         )
+
+    def _refuse(self, fields: Mapping[str, Any]) -> None:
+        for name in fields:
+            if name in self.refused:
+                raise ValueError(
+                    f"{type(self).__name__} takes no `{name}`: {self.refused[name]}. "
+                    f"Received: {name}={fields[name]!r}. Leave it out."
+                )
 
     @property
     def has_parameters(self) -> bool:

@@ -101,15 +101,30 @@ class LearnedStep(Learned):
         self, values: Any, codes: Any, view: BlockView, parameters: Parameters
     ) -> tuple[Any, dict[str, Any]]:
         position, shift = self._position(values, parameters), parameters.get("shift", 0.0)
-        beyond = ops.maximum(position - self.grid.high, self.grid.low - position)
-        to_step = codes + shift
+        low, high = self._edges
+        beyond = ops.maximum(position - high, low - position)
+        to_step = self._outside(codes) + shift
         if self.bits != 1:
             to_step = ops.where(beyond <= 0.0, codes - position, to_step)
         size = element_count(values, view)
         return (
             ops.cast(beyond <= self.reach(), "float32"),
-            {"step": to_step * ops.rsqrt(size * (self.grid.high + shift))},
+            {"step": to_step * ops.rsqrt(size * (self._levels + shift))},
         )
+
+    def _outside(self, codes: Any) -> Any:
+        """`dy/ds` beyond the edges."""
+        return codes
+
+    @property
+    def _edges(self) -> tuple[float, float]:
+        """Where gradients stop, in code units."""
+        return self.grid.low, self.grid.high
+
+    @property
+    def _levels(self) -> float:
+        """`Q_P` of the gradient's factor, for codes around zero."""
+        return self.grid.high
 
     def _step(self, parameters: Parameters) -> Any:
         return ops.maximum(parameters["step"], _SMALLEST_STEP)

@@ -8,6 +8,7 @@ from keras_rq.policy import QuantizationPolicy, Rule
 from keras_rq.quantizers.tensor import QuantizedTensor
 from keras_rq.reports.frontier import plot_frontier
 from keras_rq.reports.report import Report, report
+from keras_rq.training.calibration import calibrate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "QuantizedTensor",
     "Report",
     "Rule",
+    "calibrate",
     "export",
     "layers",
     "ops",

@@ -22,6 +22,7 @@ def _active():
 _backend = _active()
 call_in_graph = _backend.call_in_graph
 convolve = _backend.convolve
+eagerly = _backend.eagerly
 float32_matmul = _backend.float32_matmul
 make_known = _backend.make_known
 where_traced = _backend.where_traced
@@ -31,6 +32,7 @@ with_gradient = _backend.with_gradient
 __all__ = [
     "call_in_graph",
     "convolve",
+    "eagerly",
     "float32_matmul",
     "make_known",
     "product_with_gradient",

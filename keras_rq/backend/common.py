@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from keras import ops
@@ -17,6 +18,11 @@ def kernels_wanted() -> bool:
 def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str, *more: Any) -> Any:
     """`owner.method(x, parameter, name, *more)`; all that carries a gradient is passed."""
     return getattr(owner, method)(x, parameter, name, *more)
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """A scope in which layers compute at once what they are called on, without gradients."""
+    return nullcontext()
 
 
 def make_known(owner: Any) -> None:

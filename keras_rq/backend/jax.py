@@ -69,6 +69,11 @@ def product_with_gradient(
     return apply(x, kernel, *constants)
 
 
+def eagerly() -> Any:
+    """A scope in which layers compute at once what they are called on, loops included."""
+    return jax.disable_jit()
+
+
 def where_traced() -> Any:
     """Equal at two places whose tensors may be used for each other; None: nowhere else."""
     return get_opaque_trace_state()

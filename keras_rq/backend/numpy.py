@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from keras_rq.backend.common import call_in_graph as call_in_graph
+from keras_rq.backend.common import eagerly as eagerly
 from keras_rq.backend.common import make_known as make_known
 from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule

@@ -153,6 +153,11 @@ class _Remade:
             return self.rule.again(self.x, self.statistics).as_strided(*packed)
 
 
+def eagerly() -> Any:
+    """A scope in which layers compute at once what they are called on, without gradients."""
+    return torch.no_grad()
+
+
 def where_traced() -> Any:
     """Equal at two places whose tensors may be used for each other; None: nowhere else."""
     is_compiling = _IN_GRAPH.get() or torch.compiler.is_compiling()

@@ -20,6 +20,7 @@ from keras_rq.export.verification import (
     verify,
     write_atomically,
 )
+from keras_rq.layers.base import is_quantized
 
 _SUFFIXES = {".tflite": "litert", ".litert": "litert"}
 _SAMPLES = 8
@@ -155,6 +156,9 @@ def _check_arguments(
         raise ValueError(f"`optimize` must be 'size' or 'latency'. Received: optimize={optimize!r}")
     if not (isinstance(rtol, (int, float)) and rtol >= 0):
         raise ValueError(f"`rtol` must be a number >= 0. Received: rtol={rtol!r}")
+    for layer in model._flatten_layers():
+        if is_quantized(layer):
+            layer.require_calibration()
     for variable in model.variables:
         if "float" in variable.dtype and not np.isfinite(ops.convert_to_numpy(variable)).all():
             raise ValueError(f"Variable {variable.path!r} holds values that are not finite.")

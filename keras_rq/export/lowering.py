@@ -87,9 +87,42 @@ class _Constant(NamedTuple):
     rotated: bool
 
 
-def _constant(quantizer: Quantizer, kernel: np.ndarray, blocks: Blocks) -> _Constant:
+class _Master(NamedTuple):
+    """A float kernel, and what its quantizer keeps for it: both in NumPy, both of one shape.
+
+    A kernel is laid out anew for the operator that multiplies it; its parameters go along, each
+    spread over the elements that share it.
+    """
+
+    kernel: np.ndarray
+    parameters: dict[str, np.ndarray]
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> _Master:
+        """Both after a change of layout."""
+        changed = {name: change(spread) for name, spread in self.parameters.items()}
+        return _Master(change(self.kernel), changed)
+
+
+def _master(layer: QuantizedLayer, name: str, product: Product) -> _Master:
     with outside_trace():
-        tensor = quantizer.quantize(kernel, blocks)
+        kernel = ops.convert_to_numpy(layer.float32_kernel(name))
+        given = layer.kernel_parameters(name)
+        if not given:
+            return _Master(kernel, {})
+        view = product.kernel_blocks(layer.quantization.weights).view(kernel.shape)
+        like = ops.zeros_like(view.split(ops.convert_to_tensor(kernel)))
+        spread = {k: ops.convert_to_numpy(view.merge(like + value)) for k, value in given.items()}
+    return _Master(kernel, spread)
+
+
+def _constant(quantizer: Quantizer, master: _Master, blocks: Blocks) -> _Constant:
+    with outside_trace():
+        view = blocks.view(master.kernel.shape)
+        given = {
+            name: view.pivot(view.split(ops.convert_to_tensor(spread)))
+            for name, spread in master.parameters.items()
+        }
+        tensor = quantizer.quantize(master.kernel, blocks, given)
         parts = [ops.convert_to_numpy(part) for part in tensor]
         line = [None if part is None else ops.convert_to_numpy(part) for part in tensor.line]
     return _Constant(*parts, Line(*line), tensor.view, tensor.rotated)
@@ -104,6 +137,7 @@ class Lowering:
 
     def __init__(self, graph: IntegerGraph, layer: QuantizedLayer, calls: list[Call]) -> None:
         self.graph, self.layer, self.calls = graph, layer, calls
+        self.given: dict[str, np.ndarray] = {}  # what the quantizer of the input keeps
 
     def __call__(self, name: str, product: Product, x: Any) -> Any:
         """Stands in for the product of `x` and the kernel called `name`."""
@@ -112,16 +146,21 @@ class Lowering:
         lowered = Lowered(label, "float" if reason else "integer", reason)
         dtype = keras.backend.standardize_dtype(x.dtype)
         self.calls.append(Call(self.layer, name, product, tuple(x.shape), dtype, lowered))
+        kernel = _master(self.layer, name, product)
         with outside_trace():
-            kernel = ops.convert_to_numpy(self.layer.float32_kernel(name))
+            self.given = {
+                key: ops.convert_to_numpy(value)
+                for key, value in self.layer.input_parameters(name).items()
+            }
         if isinstance(product, Depthwise) and self._codes_on_both_sides(product):
             return self._spatial(product, x, kernel, label, self._depthwise)
         if isinstance(product, MatMul) or (isinstance(product, Einsum) and product.is_matmul):
             matmul = self._matmul if reason is None else self._matmul_in_float
             if isinstance(product, MatMul):
                 return matmul(x, kernel, label)
-            x, kernel, restore = product.as_matmul(x, kernel)
-            return restore(matmul(x, kernel, label))
+            flat, _, restore = product.as_matmul(x, kernel.kernel)
+            kernel = kernel.map(lambda array: product.as_matmul(x, array)[1])
+            return restore(matmul(flat, kernel, label))
         if reason is None:
             return self._spatial(product, x, kernel, label, self._convolution)
         return self._in_float(product, x, kernel, label)
@@ -146,38 +185,38 @@ class Lowering:
 
     # Integer products.
 
-    def _matmul(self, x: Any, kernel: np.ndarray, label: str) -> Any:
+    def _matmul(self, x: Any, kernel: _Master, label: str) -> Any:
         """`(..., K) x (K, N)`."""
         weights = self.layer.quantization.weights
         activations = self.layer.quantization.activations
         bits = _nominal(weights.bits)
         return self._sum_of_products(
-            self._encode(x, activations.blocks((-1,))),
+            self._encode(x, activations.input_blocks((-1,))),
             _constant(weights, kernel, weights.blocks((0,))),
             lambda codes, weight, scale: self.graph.matmul(codes, weight, scale, bits, label),
         )
 
     def _spatial(
-        self, product: Spatial, x: Any, kernel: np.ndarray, label: str, run: Callable[..., Any]
+        self, product: Spatial, x: Any, kernel: _Master, label: str, run: Callable[..., Any]
     ) -> Any:
         """Calls `run` on `(batch, height, width, channels)`; one dimension is a row of two."""
         rank, last = len(product.strides), product.data_format == "channels_last"
         x = x if last else ops.moveaxis(x, 1, -1)
         strides, dilation = product.strides, product.dilation
         if rank == 1:
-            x, kernel = ops.expand_dims(x, 1), kernel[None]
+            x, kernel = ops.expand_dims(x, 1), kernel.map(lambda array: array[None])
             strides, dilation = (1, *strides), (1, *dilation)
         geometry = {"strides": strides, "dilation": dilation, "name": label}
         y = run(x, kernel, geometry)
         y = ops.squeeze(y, 1) if rank == 1 else y
         return y if last else ops.moveaxis(y, -1, 1)
 
-    def _convolution(self, x: Any, kernel: np.ndarray, geometry: dict[str, Any]) -> Any:
+    def _convolution(self, x: Any, kernel: _Master, geometry: dict[str, Any]) -> Any:
         weights = self.layer.quantization.weights
         activations = self.layer.quantization.activations
         bits = _nominal(weights.bits)
         return self._sum_of_products(
-            self._encode(x, activations.blocks((3,), (1, 2), convolution=True)),
+            self._encode(x, activations.input_blocks((3,), (1, 2), convolution=True)),
             _constant(weights, kernel, weights.blocks((2,), (0, 1), convolution=True)),
             lambda codes, weight, scale: self.graph.conv2d(codes, weight, scale, bits, **geometry),
         )
@@ -187,13 +226,14 @@ class Lowering:
         quantized = q.weights is not None and q.activations is not None
         return quantized and not (q.weights.rotation or q.activations.rotation)
 
-    def _depthwise(self, x: Any, kernel: np.ndarray, geometry: dict[str, Any]) -> Any:
+    def _depthwise(self, x: Any, kernel: _Master, geometry: dict[str, Any]) -> Any:
         """Float arithmetic on integer codes, which is exact: see `IntegerGraph`."""
         weights = self.layer.quantization.weights
         activations = self.layer.quantization.activations
         bits = _nominal(weights.bits)
-        codes, line, _ = self._encode(x, Blocks((3,), (1, 2), _whole(activations)))
-        w = _constant(weights, kernel, Blocks((0, 1), (), _whole(weights)))
+        blocks = activations.input_blocks((3,), (1, 2), convolution=True)
+        codes, line, _ = self._encode(x, _whole(blocks))
+        w = _constant(weights, kernel, _whole(weights.blocks((0, 1), convolution=True)))
         weight, s_w, b_w = w.codes, w.scale, w.offset
         channels = weight.shape[-2] * weight.shape[-1]
         s_w, b_w = (np.broadcast_to(a, (1, 1, *weight.shape[2:])).reshape(-1) for a in (s_w, b_w))
@@ -236,8 +276,8 @@ class Lowering:
         if quantizer.rotation is not None:
             x = rotations.hadamard(x, blocks.axes)
         view = blocks.view(tuple(x.shape))
-        encoding = quantizer.encode(x, view, blocks)
-        codes, line = view.merge(encoding.codes), encoding.line
+        codes, line = quantizer.codes_and_line(x, view, blocks, self.given)
+        codes = view.merge(codes)
         multiplier = quantizer.grid.code_multiplier
         if multiplier != 1:
             codes, line = codes * float(multiplier), line.for_multiplied_codes(multiplier)
@@ -245,7 +285,7 @@ class Lowering:
 
     # Float products on quantized operands.
 
-    def _matmul_in_float(self, x: Any, kernel: np.ndarray, label: str) -> Any:
+    def _matmul_in_float(self, x: Any, kernel: _Master, label: str) -> Any:
         """`(..., K) x (K, N)`, with the kernel stored as (N, K).
 
         That makes it a FULLY_CONNECTED. In the other layout the converter makes a BATCH_MATMUL
@@ -253,23 +293,24 @@ class Lowering:
         """
         tf, q = require("tensorflow"), self.layer.quantization
         if q.activations is not None:
-            x = q.activations.fake_quantize(x, q.activations.blocks((-1,)))
+            x = q.activations.fake_quantize(x, q.activations.input_blocks((-1,)), self.given)
         if q.weights is None:
-            return ops.matmul(x, ops.convert_to_tensor(kernel))
-        tensor = _constant(q.weights, kernel.T, q.weights.blocks((1,)))
+            return ops.matmul(x, ops.convert_to_tensor(kernel.kernel))
+        tensor = _constant(q.weights, kernel.map(np.transpose), q.weights.blocks((1,)))
         values = self._stored_as_integers(tensor, _nominal(q.weights.bits), label)
         if tensor.rotated:
             values = rotations.hadamard(values, (1,))
-        rows = tf.reshape(x, (-1, kernel.shape[0]))
+        rows = tf.reshape(x, (-1, kernel.kernel.shape[0]))
         return tf.reshape(tf.matmul(rows, values, transpose_b=True), (*x.shape[:-1], -1))
 
-    def _in_float(self, product: Product, x: Any, kernel: np.ndarray, label: str) -> Any:
+    def _in_float(self, product: Product, x: Any, kernel: _Master, label: str) -> Any:
         """The product as it is trained, with the kernel stored as integers in the file."""
         q = self.layer.quantization
         if q.activations is not None and product.input_axes:
-            x = q.activations.fake_quantize(x, product.input_blocks(q.activations))
+            blocks = product.input_blocks(q.activations)
+            x = q.activations.fake_quantize(x, blocks, self.given)
         if q.weights is None:
-            return product.apply(x, ops.convert_to_tensor(kernel))
+            return product.apply(x, ops.convert_to_tensor(kernel.kernel))
         blocks = product.kernel_blocks(q.weights)
         tensor = _constant(q.weights, kernel, blocks)
         values = self._stored_as_integers(tensor, _nominal(q.weights.bits), label)
@@ -291,10 +332,9 @@ class Lowering:
         return view.merge(line(view.split(unpacked)))
 
 
-def _whole(quantizer: Quantizer) -> str:
-    """The block size of a depthwise convolution, which has no blocks within its channels."""
-    size = quantizer.blocks((0,), convolution=True).size
-    return "tensor" if size == "tensor" else "channel"
+def _whole(blocks: Blocks) -> Blocks:
+    """Those of a depthwise convolution, which has no blocks within its channels."""
+    return blocks if blocks.size == "tensor" else blocks.by_channel
 
 
 def _corrected(

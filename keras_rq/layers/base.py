@@ -105,7 +105,7 @@ class QuantizedLayer:
 
     def multiply_quantized(self, name: str, x: Any) -> Any:
         """What `multiply` does when nothing stands in for it."""
-        self._require_calibration()
+        self.require_calibration()
         x, values = ops.convert_to_tensor(x), parameters.of_kernel(self, name).values()
         kernel = self.float32_kernel(name)
         return backend.call_in_graph(self, "multiply_by", x, kernel, name, *values)
@@ -153,7 +153,12 @@ class QuantizedLayer:
         of = parameters.of_kernel(self, name)
         return of.named(of.values()).inputs
 
-    def _require_calibration(self) -> None:
+    def require_calibration(self) -> None:
+        """Raises if the layer is called on data and has no range for its input.
+
+        Raises:
+            ValueError: names the layer and what to do.
+        """
         if self.quantization.is_calibrated or in_symbolic_scope():
             return
         if parameters.inputs_of(self):

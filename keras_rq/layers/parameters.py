@@ -93,6 +93,7 @@ def create(layer: QuantizedLayer) -> None:
     finally:
         if was_locked:
             layer._tracker.lock()
+    keep_last(layer)
 
 
 def release(layer: QuantizedLayer) -> None:
@@ -119,11 +120,11 @@ def aside(layer: QuantizedLayer) -> Iterator[None]:
 
 def keep_last(layer: QuantizedLayer) -> None:
     """Puts the variables after the layer's own, of which one may have come later (LoRA)."""
-    ours = {id(variable) for variable in variables_of(layer)}
+    ours = {id(variable): place for place, variable in enumerate(variables_of(layer))}
     if not ours:
         return
     for store in (layer._trainable_variables, layer._non_trainable_variables):
-        store.sort(key=lambda variable: id(variable) in ours)
+        store.sort(key=lambda variable: ours.get(id(variable), -1))
 
 
 def start_from_kernels(layer: QuantizedLayer) -> None:

@@ -343,10 +343,15 @@ class Quantizer:
         position = span.position(values)
         within = self.range_rule not in ranges.CLIPPING
         codes = self.grid.round(position, within=within, nearest=view.nearest)
-        if self.pattern is not None:
-            codes = codes * view.split(sparsity.keep_mask(x, self.pattern, blocks.axes))
-        codes = view.present(codes)
+        mask = self.keep_mask(x, blocks)
+        codes = view.present(codes if mask is None else codes * view.split(mask))
         return codes, codes - (position + self.grid.anchor)
+
+    def keep_mask(self, x: Any, blocks: Blocks) -> Any:
+        """1 where `sparsity` keeps an element of a rotated tensor, 0 elsewhere; None without."""
+        if self.pattern is None:
+            return None
+        return sparsity.keep_mask(x, self.pattern, blocks.axes)
 
     # Serialization.
 

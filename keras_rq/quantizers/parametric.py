@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from keras import ops
 
-from keras_rq.numerics import sparsity
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.slopes import with_slopes
@@ -68,9 +67,8 @@ def _without_gradient(parameters: Parameters) -> Parameters:
 
 
 def _kept(quantizer: Quantizer, x: Any, view: BlockView, blocks: Blocks) -> Any:
-    if quantizer.pattern is None:
-        return None
-    return view.split(sparsity.keep_mask(ops.stop_gradient(x), quantizer.pattern, blocks.axes))
+    mask = quantizer.keep_mask(ops.stop_gradient(x), blocks)
+    return None if mask is None else view.split(mask)
 
 
 def _with_rank(statistic: Any, rank: int) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from typing import Any
 
 import keras
@@ -30,11 +29,12 @@ def renewed(model: keras.Model) -> Any:
         return None
     new = type(old).from_config(old.get_config())
     new.build(model.trainable_variables)
-    names = Counter(variable.path for variable in new.variables)
-    remembered = {variable.path: variable for variable in old.variables}
-    for variable in new.variables:
-        if variable.path in remembered and names[variable.path] == 1:
-            variable.assign(remembered[variable.path])
+    remembered = _by_name(old)
+    for name, variables in _by_name(new).items():
+        sources = remembered.get(name, ())
+        if len(sources) == len(variables):
+            for variable, source in zip(variables, sources, strict=True):
+                variable.assign(source)
     warnings.warn(
         f"Model {model.name!r} has new variables to train, so it has got a new optimizer of the "
         f"same configuration ({type(new).__name__}). What the old one remembered of the other "
@@ -42,6 +42,17 @@ def renewed(model: keras.Model) -> Any:
         stacklevel=5,
     )
     return new
+
+
+def _by_name(optimizer: Any) -> dict[str, list[Any]]:
+    """Its variables by the last part of their path, which says whose they are and what.
+
+    What comes before depends on the scope that an optimizer was built in.
+    """
+    found: dict[str, list[Any]] = {}
+    for variable in optimizer.variables:
+        found.setdefault(variable.path.rsplit("/", 1)[-1], []).append(variable)
+    return found
 
 
 def _inner(optimizer: Any) -> Any:

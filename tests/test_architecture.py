@@ -31,6 +31,8 @@ ROOMS = (
     "inference",
     "export",
     "reports",
+    "callbacks",
+    "distillation",
     "api",
     "demo",
     "cli",

@@ -7,6 +7,7 @@ from typing import Any
 from keras_rq.quantizers.base import Quantizer
 from keras_rq.quantizers.bitnet import BitNet
 from keras_rq.quantizers.ewgs import EWGS
+from keras_rq.quantizers.gdnsq import GDNSQ
 from keras_rq.quantizers.learned_step import LearnedStep
 from keras_rq.quantizers.quest import QuEST
 from keras_rq.quantizers.ridge import Ridge
@@ -14,6 +15,7 @@ from keras_rq.quantizers.straight_through import StraightThrough
 
 __all__ = [
     "EWGS",
+    "GDNSQ",
     "BitNet",
     "LearnedStep",
     "QuEST",

@@ -45,6 +45,8 @@ class Learned(Quantizer):
         conv_block_size: int | str = "channel",
         **others: Any,
     ) -> None:
+        if sparsity is not None and "sparsity" in self.refused:
+            others["sparsity"] = sparsity
         for name, value in others.items():
             if name not in self.refused:
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}.")

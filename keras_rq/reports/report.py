@@ -12,10 +12,12 @@ import numpy as np
 from keras import ops
 
 from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.parameters import kept_with
 from keras_rq.layers.products import Product
 from keras_rq.layers.registry import owns_weights, products_of
 from keras_rq.policy import LayerQuantization
 from keras_rq.quantizers import Quantizer
+from keras_rq.quantizers.gdnsq import STORED_BITS
 
 _FLOAT_BITS = 32
 _FLOAT = LayerQuantization(None, None)
@@ -29,6 +31,7 @@ class Row:
         path: Keras's path of the layer.
         layer: name of its class.
         activation_bits: 1, 1.5, 2 ... 8, "fp4", or 32 for float; None if it multiplies no input.
+            Of a width that is trained: what it takes now, until it has come down to its target.
         weight_bits: likewise.
         sparsity: fraction of kernel elements that the quantizer's pattern prunes.
         parameters: number of all weights.
@@ -176,22 +179,26 @@ def _row(layer: keras.layers.Layer, reason: str | None) -> Row:
     ]
     elements = sum(kernel.size for kernel in kernels.values())
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    if isinstance(layer, QuantizedLayer):  # what training notes is no weight
+        noted = {id(variable) for variable in kept_with(layer)}
+        own = [variable for variable in own if id(variable) not in noted]
     parameters = max(sum(math.prod(variable.shape) for variable in own), elements)
     # A learned step of a kernel is the scale that is stored with its codes: counted there.
     learned = sum(v.size for name in kernels for v in _parameters(layer, name).values())
     stored = sum(cost.nbytes for cost in costs)
+    widths = _widths(layer)
     pattern = quantization.weights.pattern if quantization.weights else None
     return Row(
         path=layer.path,
         layer=type(layer).__name__,
-        activation_bits=_bits_of(quantization.activations) if _has_input(layer) else None,
-        weight_bits=_bits_of(quantization.weights),
+        activation_bits=widths.activations if _has_input(layer) else None,
+        weight_bits=widths.weights,
         sparsity=1.0 - pattern.density if pattern else 0.0,
         parameters=parameters,
         kernel_elements=elements,
         nbytes=stored + _FLOAT_BITS // 8 * (parameters - elements - learned),
         bits_per_element=8.0 * stored / elements if elements else None,
-        energy=_energy(layer, quantization, kernels),
+        energy=_energy(layer, quantization, widths, kernels),
         sqnr_db=_decibels(costs) if quantization.weights else None,
         reason=reason,
     )
@@ -217,7 +224,10 @@ def _kernel_cost(
 ) -> _Cost:
     if quantizer is None:
         return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)
-    quantized = quantizer.quantize(kernel, product.kernel_blocks(quantizer), parameters)
+    blocks = product.kernel_blocks(quantizer)
+    if _number(quantizer.kernel_bits(kernel, blocks, parameters)) > STORED_BITS:
+        return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)  # nothing narrower holds it yet
+    quantized = quantizer.quantize(kernel, blocks, parameters)
     error = ops.convert_to_numpy(quantized.dequantize()).astype(np.float64) - kernel
     return _Cost(
         quantized.nbytes,
@@ -233,7 +243,10 @@ def _decibels(costs: list[_Cost]) -> float | None:
 
 
 def _energy(
-    layer: keras.layers.Layer, quantization: LayerQuantization, kernels: dict[str, np.ndarray]
+    layer: keras.layers.Layer,
+    quantization: LayerQuantization,
+    widths: _Widths,
+    kernels: dict[str, np.ndarray],
 ) -> float | None:
     shape = getattr(layer, "_build_shapes_dict", None) or {}
     if not kernels:
@@ -243,7 +256,7 @@ def _energy(
     output_shape = layer.compute_output_shape(shape["input_shape"])
     weights = quantization.weights
     density = weights.pattern.density if weights and weights.pattern else 1.0
-    per_product = _width(quantization.activations) * _width(weights) * density
+    per_product = _number(widths.activations) * _number(widths.weights) * density
     counts = [
         (kernels[name].size, product.positions(shape["input_shape"], output_shape))
         for name, product in products_of(layer).items()
@@ -257,12 +270,24 @@ def _has_input(layer: keras.layers.Layer) -> bool:
     return any(product.input_axes for product in products_of(layer).values())
 
 
-def _bits_of(quantizer: Quantizer | None) -> int | float | str:
-    return _FLOAT_BITS if quantizer is None else quantizer.bits
+class _Widths(NamedTuple):
+    weights: int | float | str
+    activations: int | float | str
 
 
-def _width(quantizer: Quantizer | None) -> float:
-    bits = _bits_of(quantizer)
+def _widths(layer: keras.layers.Layer) -> _Widths:
+    """What the operands of a layer take now: the most of all its kernels, 32 in float."""
+    if not isinstance(layer, QuantizedLayer):
+        return _Widths(_FLOAT_BITS, _FLOAT_BITS)
+    pairs = [layer.bits_now(name) for name in products_of(layer)]
+    found = []
+    for bits in zip(*pairs, strict=True):
+        known = [b for b in bits if b is not None]
+        found.append(max(known, key=_number) if known else _FLOAT_BITS)
+    return _Widths(*(b if isinstance(b, str) else round(b, 2) for b in found))
+
+
+def _number(bits: int | float | str) -> float:
     return 4.0 if bits == "fp4" else float(bits)
 
 

@@ -1,0 +1,7 @@
+"""Callbacks for `fit`."""
+
+from keras_rq.training.gdnsq import GDNSQ
+
+__all__ = [
+    "GDNSQ",
+]

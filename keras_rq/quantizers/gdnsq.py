@@ -22,7 +22,7 @@ from keras_rq.quantizers.tensor import QuantizedTensor
 
 NOISES = ("dithered", "residual", "none")
 STORED_BITS = 8
-# Where all elements of a block are equal there is no range to divide: the authors' first step.
+# Where all elements are equal there is no range to divide: the authors' first step of kernels.
 _STEP_OF_A_POINT = 2.0**-12
 
 
@@ -160,7 +160,7 @@ class GDNSQ(Learned):
         return {"log_step": ops.log2(step)}
 
     def calibrated(self, seen: Observation) -> dict[str, np.ndarray]:
-        log_step, bits = 0.0, 0.0  # of an input that never changes
+        log_step, bits = math.log2(_STEP_OF_A_POINT), 0.0  # of an input that never changes
         if seen.high > seen.low:
             log_step = math.log2((seen.high - seen.low) / (2.0**self.start_bits - 1.0))
             bits = self.start_bits

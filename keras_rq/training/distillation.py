@@ -37,7 +37,7 @@ class Jeffreys(keras.distillation.DistillationLoss):
         pairs = zip(
             keras.tree.flatten(teacher_outputs), keras.tree.flatten(student_outputs), strict=True
         )
-        return sum(jeffreys(student, ops.stop_gradient(teacher)) for teacher, student in pairs)
+        return sum(jeffreys(student, teacher) for teacher, student in pairs)
 
     def get_config(self) -> dict[str, Any]:
         return {}
@@ -47,7 +47,8 @@ class Jeffreys(keras.distillation.DistillationLoss):
         return cls(**config)
 
 
-def jeffreys(logits: Any, others: Any) -> Any:
-    """The mean Jeffreys divergence of the softmax of logits and of others, float32."""
-    log_p, log_q = (ops.log_softmax(ops.cast(x, "float32"), axis=-1) for x in (logits, others))
+def jeffreys(logits: Any, constant: Any) -> Any:
+    """The mean Jeffreys divergence of the softmax of logits and of constant ones, float32."""
+    constant = ops.stop_gradient(ops.convert_to_tensor(constant))
+    log_p, log_q = (ops.log_softmax(ops.cast(x, "float32"), axis=-1) for x in (logits, constant))
     return ops.mean(ops.sum((ops.exp(log_p) - ops.exp(log_q)) * (log_p - log_q), axis=-1))

@@ -1,6 +1,6 @@
 """Train Keras models that survive 1-bit and sparse arithmetic, then run them as integers."""
 
-from keras_rq import callbacks, layers, ops, presets, quantizers
+from keras_rq import callbacks, distillation, layers, ops, presets, quantizers
 from keras_rq.api import install as _install
 from keras_rq.api import quantize
 from keras_rq.export.api import export
@@ -18,6 +18,7 @@ __all__ = [
     "Rule",
     "calibrate",
     "callbacks",
+    "distillation",
     "export",
     "layers",
     "ops",

@@ -1,5 +1,6 @@
 """Callbacks for `fit`."""
 
+from keras_rq.training.gdnsq import GDNSQ
 from keras_rq.training.schedules import (
     DelayedStart,
     GradualBits,
@@ -9,6 +10,7 @@ from keras_rq.training.schedules import (
 )
 
 __all__ = [
+    "GDNSQ",
     "DelayedStart",
     "GradualBits",
     "GradualSparsity",

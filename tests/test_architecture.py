@@ -34,6 +34,7 @@ ROOMS = (
     "export",
     "reports",
     "callbacks",
+    "distillation",
     "api",
     "demo",
     "cli",

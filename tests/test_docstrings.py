@@ -10,7 +10,12 @@ import pytest
 
 import keras_rq
 
-ROOMS = ("keras_rq.ops", "keras_rq.numerics", "keras_rq.quantizers")
+ROOMS = (
+    "keras_rq.ops",
+    "keras_rq.numerics",
+    "keras_rq.quantizers",
+    "keras_rq.training.annealing",
+)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(keras_rq.__path__, "keras_rq.")

@@ -159,6 +159,7 @@ def _check_arguments(
     for layer in model._flatten_layers():
         if is_quantized(layer):
             layer.require_calibration()
+            layer.require_target()
     for variable in model.variables:
         if "float" in variable.dtype and not np.isfinite(ops.convert_to_numpy(variable)).all():
             raise ValueError(f"Variable {variable.path!r} holds values that are not finite.")

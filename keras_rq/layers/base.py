@@ -22,6 +22,7 @@ from keras_rq.layers import parameters
 from keras_rq.layers.integer import IntegerForward, reason_for_float
 from keras_rq.layers.products import Product
 from keras_rq.layers.sharing import once_per_call
+from keras_rq.numerics.grids import Bits
 from keras_rq.policy import LayerQuantization
 
 
@@ -177,6 +178,39 @@ class QuantizedLayer:
         """Values of the variables that the quantizer of the input that meets kernel `name` has."""
         of = parameters.of_kernel(self, name)
         return of.named(of.values()).inputs
+
+    def bits_now(self, name: str) -> tuple[Bits | None, Bits | None]:
+        """Bits that the kernel `name` and its input take now; None: float, or no input.
+
+        They differ from those of the quantizers where a width is trained and still too large.
+        """
+        product, weights = self.products()[name], self.quantization.weights
+        of_kernel = of_input = None
+        if weights is not None:
+            blocks = product.kernel_blocks(weights)
+            given = self.kernel_parameters(name)
+            of_kernel = weights.kernel_bits(self.float32_kernel(name), blocks, given)
+        if self.quantization.activations is not None and product.input_axes:
+            of_input = self.quantization.activations.input_bits(self.input_parameters(name))
+        return of_kernel, of_input
+
+    def require_target(self) -> None:
+        """Raises if a width that is trained has not come down to its target.
+
+        Raises:
+            ValueError: names the layer, the widths and what to do.
+        """
+        weights, activations = self.quantization.weights, self.quantization.activations
+        for name in self.products():
+            for operand, quantizer, now in zip(
+                ("kernel", "input"), (weights, activations), self.bits_now(name), strict=True
+            ):
+                if now is not None and now != quantizer.bits:
+                    raise ValueError(
+                        f"Layer {self.path!r}: its {operand} takes {now:.2f} bits so far, and "
+                        f"{quantizer.bits} is the target. Train on with keras_rq.callbacks.GDNSQ "
+                        "until its `converged` is true."
+                    )
 
     def require_calibration(self) -> None:
         """Raises if the layer is called on data and has no range for its input.

@@ -20,11 +20,14 @@ from keras.src.backend import AutocastScope
 from keras_rq.layers.products import Product
 from keras_rq.numerics.blocks import BlockView
 from keras_rq.quantizers import Quantizer
+from keras_rq.quantizers.parameters import Parameter
 
 if TYPE_CHECKING:
     from keras_rq.layers.base import QuantizedLayer
 
 _PREFIX = "rq."
+_KEPT = ""  # in place of a kernel's name: what belongs to no quantizer
+_KEPT_PREFIX = "training_"
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,30 @@ def create(layer: QuantizedLayer) -> None:
     keep_last(layer)
 
 
+def keep(layer: QuantizedLayer, name: str, shape: tuple[int, ...]) -> Any:
+    """A float32 variable, zero at first, that training keeps with a layer: made once, then found.
+
+    No quantizer has it. It is saved with the layer's others, and made again where a file has it.
+    Its name begins with "training_".
+    """
+    kept = layer.__dict__["_rq_parameters"].setdefault(_KEPT, OfKernel({}, {})).weights
+    if name not in kept:
+        was_locked = layer._tracker.locked
+        layer._tracker.unlock()
+        try:
+            kept[name] = _add(layer, name, Parameter(shape, trainable=False), "zeros")
+        finally:
+            if was_locked:
+                layer._tracker.lock()
+        keep_last(layer)
+    return kept[name]
+
+
+def kept_with(layer: QuantizedLayer) -> list[Any]:
+    """What `keep` made."""
+    return list(of_kernel(layer, _KEPT))
+
+
 def release(layer: QuantizedLayer) -> None:
     """Takes the variables from a layer: it then has those of the Keras layer."""
     for variable in variables_of(layer):
@@ -143,11 +170,15 @@ def save(layer: QuantizedLayer, store: Any) -> None:
 
 def load(layer: QuantizedLayer, store: Mapping[str, Any]) -> None:
     """Loads the variables by name; what a float checkpoint lacks suits the kernels then loaded."""
+    for key in store.keys():  # noqa: SIM118 (stores can be asked for their keys, not iterated)
+        if key.startswith(_PREFIX + _KEPT_PREFIX):
+            keep(layer, key.removeprefix(_PREFIX), tuple(store[key].shape))
+    kept = kept_with(layer)
     missing = False
     for variable in variables_of(layer):
         if _PREFIX + variable.name in store:
             variable.assign(store[_PREFIX + variable.name])
-        else:
+        elif not any(variable is one for one in kept):
             missing = True
     if missing:
         start_from_kernels(layer)
@@ -196,7 +227,7 @@ def _from_kernel(
         blocks = product.kernel_blocks(weights)
         kernel = weights.rotate(layer.float32_kernel(name), blocks)
         view = blocks.view(tuple(kernel.shape))
-        return ops.reshape(weights.initial(view.split(kernel), view)[parameter], shape)
+        return ops.reshape(weights.start(view.split(kernel), view)[parameter], shape)
 
     return start
 

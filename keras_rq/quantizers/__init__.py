@@ -7,6 +7,7 @@ from typing import Any
 from keras_rq.quantizers.base import Quantizer
 from keras_rq.quantizers.bitnet import BitNet
 from keras_rq.quantizers.ewgs import EWGS
+from keras_rq.quantizers.gdnsq import GDNSQ
 from keras_rq.quantizers.learned_step import LearnedStep
 from keras_rq.quantizers.pact import PACT
 from keras_rq.quantizers.quest import QuEST
@@ -16,6 +17,7 @@ from keras_rq.quantizers.stretched_elastic import StretchedElastic
 
 __all__ = [
     "EWGS",
+    "GDNSQ",
     "PACT",
     "BitNet",
     "LearnedStep",

@@ -194,6 +194,10 @@ class Quantizer:
         """Parameters that suit a float32 tensor at hand (rotated, split by `view`)."""
         return static.initial(self, values, view)
 
+    def start(self, values: Any, view: BlockView) -> Parameters:
+        """Parameters with which the kernel of a layer begins its training; see `initial`."""
+        return self.initial(values, view)
+
     def calibrated(self, seen: Observation) -> dict[str, Any]:
         """Parameters of an input, of shape `()`, from what calibration has seen of it."""
         return static.calibrated(self, seen)
@@ -210,6 +214,14 @@ class Quantizer:
         Element by element; the codes are those of `encode_with`.
         """
         return static.slopes(self, values, parameters)
+
+    def kernel_bits(self, x: Any, blocks: Blocks, parameters: Parameters | None = None) -> Bits:
+        """Bits that the codes of a kernel take now: `bits`, unless the width is trained."""
+        return self.bits
+
+    def input_bits(self, parameters: Parameters) -> Bits:
+        """Bits that the codes of an input take now: `bits`, unless the width is trained."""
+        return self.bits
 
     # The estimator.
 

@@ -45,6 +45,8 @@ class Learned(Quantizer):
         conv_block_size: int | str = "channel",
         **others: Any,
     ) -> None:
+        if sparsity is not None:
+            self._refuse({"sparsity": sparsity})
         self._refuse(others)
         for name in others:
             raise TypeError(f"{type(self).__name__} has no argument {name!r}.")

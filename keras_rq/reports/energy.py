@@ -6,11 +6,12 @@ from typing import Any
 
 import keras
 
+from keras_rq.layers.base import is_quantized
 from keras_rq.layers.products import Product
 from keras_rq.layers.recurrent import steps_of
 from keras_rq.layers.registry import built_shape, output_shape_of, products_of
+from keras_rq.numerics.grids import Bits
 from keras_rq.policy import LayerQuantization
-from keras_rq.quantizers import Quantizer
 
 _FLOAT_BITS = 32.0
 
@@ -35,28 +36,29 @@ def energy(
     if not kernels:
         return 0.0
     products = products_of(layer)
+    weights = quantization.weights
+    density = weights.pattern.density if weights and weights.pattern else 1.0
     shapes = built_shape(layer), None
     if any(product.input_axes for product in products.values()):
         if shapes[0] is None or steps is None:
             return None
         shapes = shapes[0], output_shape_of(layer)
     costs = [
-        _cost(product, quantization, kernels[name].size, *shapes)
+        _cost(product, _bits_per_product(layer, name), kernels[name].size, *shapes)
         for name, product in products.items()
     ]
-    return None if None in costs else sum(costs) * steps
+    return None if None in costs else sum(costs) * density * steps
 
 
-def _cost(
-    product: Product, quantization: LayerQuantization, elements: int, *shapes: Any
-) -> float | None:
+def _cost(product: Product, bits: float, elements: int, *shapes: Any) -> float | None:
     positions = product.positions(*shapes)
-    if not positions:
-        return positions
-    weights = quantization.weights
-    density = weights.pattern.density if weights and weights.pattern else 1.0
-    activations = quantization.activations if product.input_axes else None
-    return _width(activations) * _width(weights) * density * elements * positions
+    return bits * elements * positions if positions else positions
+
+
+def _bits_per_product(layer: keras.layers.Layer, name: str) -> float:
+    """Bits of the kernel times bits of what it meets, as they are now."""
+    weights, activations = layer.bits_now(name) if is_quantized(layer) else (None, None)
+    return as_number(weights) * as_number(activations)
 
 
 def time_steps(model: keras.layers.Layer) -> dict[int, int | None]:
@@ -71,7 +73,8 @@ def time_steps(model: keras.layers.Layer) -> dict[int, int | None]:
     return found
 
 
-def _width(quantizer: Quantizer | None) -> float:
-    if quantizer is None:
+def as_number(bits: Bits | None) -> float:
+    """A bit width to calculate with; None is float."""
+    if bits is None:
         return _FLOAT_BITS
-    return 4.0 if quantizer.bits == "fp4" else float(quantizer.bits)
+    return 4.0 if bits == "fp4" else float(bits)

@@ -12,11 +12,13 @@ import numpy as np
 from keras import ops
 
 from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.parameters import kept_with
 from keras_rq.layers.products import Product
 from keras_rq.layers.registry import owns_weights, products_of
 from keras_rq.policy import LayerQuantization
 from keras_rq.quantizers import Quantizer
-from keras_rq.reports.energy import energy, time_steps
+from keras_rq.quantizers.gdnsq import STORED_BITS
+from keras_rq.reports.energy import as_number, energy, time_steps
 
 _FLOAT_BITS = 32
 _FLOAT = LayerQuantization(None, None)
@@ -30,6 +32,7 @@ class Row:
         path: Keras's path of the layer.
         layer: name of its class.
         activation_bits: 1, 1.5, 2 ... 8, "fp4", or 32 for float; None if it multiplies no input.
+            Of a width that is trained: what it takes now, until it has come down to its target.
         weight_bits: likewise.
         sparsity: fraction of kernel elements that the quantizer's pattern prunes.
         parameters: number of all weights.
@@ -178,16 +181,20 @@ def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Ro
     ]
     elements = sum(kernel.size for kernel in kernels.values())
     own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    if isinstance(layer, QuantizedLayer):  # what training notes is no weight
+        noted = {id(variable) for variable in kept_with(layer)}
+        own = [variable for variable in own if id(variable) not in noted]
     parameters = max(sum(math.prod(variable.shape) for variable in own), elements)
     # A learned step of a kernel is the scale that is stored with its codes: counted there.
     learned = sum(v.size for name in kernels for v in _parameters(layer, name).values())
     stored = sum(cost.nbytes for cost in costs)
+    widths = _widths(layer)
     pattern = quantization.weights.pattern if quantization.weights else None
     return Row(
         path=layer.path,
         layer=type(layer).__name__,
-        activation_bits=_bits_of(quantization.activations) if _has_input(layer) else None,
-        weight_bits=_bits_of(quantization.weights),
+        activation_bits=widths.activations if _has_input(layer) else None,
+        weight_bits=widths.weights,
         sparsity=1.0 - pattern.density if pattern else 0.0,
         parameters=parameters,
         kernel_elements=elements,
@@ -219,7 +226,10 @@ def _kernel_cost(
 ) -> _Cost:
     if quantizer is None:
         return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)
-    quantized = quantizer.quantize(kernel, product.kernel_blocks(quantizer), parameters)
+    blocks = product.kernel_blocks(quantizer)
+    if as_number(quantizer.kernel_bits(kernel, blocks, parameters)) > STORED_BITS:
+        return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)  # nothing narrower holds it yet
+    quantized = quantizer.quantize(kernel, blocks, parameters)
     error = ops.convert_to_numpy(quantized.dequantize()).astype(np.float64) - kernel
     return _Cost(
         quantized.nbytes,
@@ -238,8 +248,21 @@ def _has_input(layer: keras.layers.Layer) -> bool:
     return any(product.input_axes for product in products_of(layer).values())
 
 
-def _bits_of(quantizer: Quantizer | None) -> int | float | str:
-    return _FLOAT_BITS if quantizer is None else quantizer.bits
+class _Widths(NamedTuple):
+    weights: int | float | str
+    activations: int | float | str
+
+
+def _widths(layer: keras.layers.Layer) -> _Widths:
+    """What the operands of a layer take now: the most of all its kernels, 32 in float."""
+    if not isinstance(layer, QuantizedLayer):
+        return _Widths(_FLOAT_BITS, _FLOAT_BITS)
+    pairs = [layer.bits_now(name) for name in products_of(layer)]
+    found = []
+    for bits in zip(*pairs, strict=True):
+        known = [b for b in bits if b is not None]
+        found.append(max(known, key=as_number) if known else _FLOAT_BITS)
+    return _Widths(*(b if isinstance(b, str) else round(b, 2) for b in found))
 
 
 def _value(variable: Any) -> np.ndarray:

@@ -379,6 +379,7 @@ class Gathered(keras.utils.PyDataset):
         stop: int,
     ) -> None:
         super().__init__()
+        self.choose = choose
         self._steps = range(start, stop)
         if keras.backend.backend() == "jax":
             self._batch = _on_device(gather, data, [choose(step) for step in self._steps])

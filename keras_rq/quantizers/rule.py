@@ -101,8 +101,7 @@ class FakeQuantization:
         gradient = quantizer.gradient(rounding, fitted, view.split(upstream), view)
         if quantizer.trust_factor is not None:
             gradient = ops.where(quantizer.is_trusted(rounding, span), gradient, 0.0)
-        # Rounded to the dtype of the result first: 16 bits are rotated without a loss.
-        return ops.cast(self._rotate(ops.cast(view.merge(gradient), x.dtype)), x.dtype)
+        return ops.cast(self._rotate(view.merge(gradient)), x.dtype)
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         span, fitted = self._parts(statistics)

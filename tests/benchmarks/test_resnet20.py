@@ -44,7 +44,7 @@ def test_crops_are_shifted_and_mirrored_images():
 def test_an_epoch_holds_every_image_once(tmp_path: Path):
     task = cifar.ResNet20(DATA, tmp_path / "none", small=True)
     batches = task.batches(Run("float", "float", 0.1, 8), 0)
-    chosen = [batches._choose(step)[0] for step in range(8)]
+    chosen = [batches.choose(step)[0] for step in range(8)]
     for epoch in (chosen[:4], chosen[4:]):
         np.testing.assert_array_equal(np.sort(np.concatenate(epoch)), np.arange(40))
     assert not np.array_equal(chosen[0], chosen[4])

@@ -212,15 +212,18 @@ class QuantizedLayer:
                         "until its `converged` is true."
                     )
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a quantizer takes a range for the layer's input from data, and has none yet."""
+        return not self.quantization.is_calibrated and bool(parameters.inputs_of(self))
+
     def require_calibration(self) -> None:
         """Raises if the layer is called on data and has no range for its input.
 
         Raises:
             ValueError: names the layer and what to do.
         """
-        if self.quantization.is_calibrated or in_symbolic_scope():
-            return
-        if parameters.inputs_of(self):
+        if self.needs_calibration and not in_symbolic_scope():
             raise ValueError(
                 f"Layer {self.path!r} has no range for its input yet: "
                 f"{self.quantization.activations!r} takes it from data. Call "

@@ -18,6 +18,7 @@ from keras.src.trainers.data_adapters import data_adapter_utils
 from keras_rq import backend
 from keras_rq.layers import parameters
 from keras_rq.layers.base import QuantizedLayer, all_lowered_by, is_quantized
+from keras_rq.training.guards import remove_guards
 from keras_rq.training.observers import METHODS, Observer, observable
 from keras_rq.training.surgery import forget_compiled_functions
 
@@ -81,6 +82,7 @@ def calibrate(
     found = _found(layers, observers, method)
     for layer in layers:
         _assign(layer, found)
+    remove_guards(model)
     for layer in model._flatten_layers():
         forget_compiled_functions(layer)
     return {

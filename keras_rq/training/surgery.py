@@ -24,7 +24,7 @@ from keras_rq.layers.registry import (
     supported_layers,
 )
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
-from keras_rq.training import containers, optimizers
+from keras_rq.training import containers, guards, optimizers
 
 Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
 
@@ -264,6 +264,7 @@ def _carry_out(model: keras.layers.Layer, plan: Plan) -> None:
     for one, optimizer in renewed:
         if optimizer is not None:
             one.optimizer = optimizer
+    guards.set_guards(model)
     forget_compiled_functions(model)
 
 

@@ -66,6 +66,14 @@ class ResNet20(Task):
             model.load_weights(self.start)
         return model
 
+    def teacher(self, run: Run) -> keras.Model | None:
+        """The float model that the run starts from, where its recipe distils."""
+        recipe = self._recipe(run)
+        return self.model(run) if recipe.pretrained and recipe.distil else None
+
+    def warmup(self, run: Run) -> int:
+        return self._recipe(run).warmup
+
     def finished(self, run: Run, model: keras.Model) -> None:
         if run.method == "float":
             self.start.parent.mkdir(parents=True, exist_ok=True)

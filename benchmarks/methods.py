@@ -37,12 +37,14 @@ class Method:
         quantizer: the method's own, from the one that a setting's shorthand gives an operand, and
             the operand's name.
         calibrates: whether its variables start from data, by `rq.calibrate`.
-        callbacks: makes what `fit` has to call.
+        callbacks: makes what `fit` has to call, for that many warm-up steps.
+        distils: whether its authors train it on the logits of the float model.
     """
 
     quantizer: Callable[[Any, str], Any]
     calibrates: bool = False
-    callbacks: Callable[[], list[keras.callbacks.Callback]] = list
+    callbacks: Callable[[int], list[keras.callbacks.Callback]] = lambda warmup: []
+    distils: bool = False
 
 
 def estimator(name: str) -> type:
@@ -93,7 +95,12 @@ METHODS: dict[str, Method] = {
     "quest": Method(_estimator("QuEST")),
     "ridge_linear": Method(_ridge_linear),
     "ridge": Method(_ridge_paper),
-    "gdnsq": Method(_estimator("GDNSQ"), calibrates=True),
+    "gdnsq": Method(
+        _estimator("GDNSQ"),
+        calibrates=True,
+        callbacks=lambda warmup: [rq.callbacks.GDNSQ(warmup=warmup)],
+        distils=True,
+    ),
     "recommended": Method(lambda base, operand: base),
 }
 FLOAT = "float"
@@ -143,7 +150,7 @@ def _changed(quantizer: Any, changes: Mapping[str, Any], operand: str) -> Any:
 
 
 def prepare(
-    method: str, fields: Fields, model: keras.Model, data: Callable[[], Any]
+    method: str, fields: Fields, model: keras.Model, data: Callable[[], Any], warmup: int = 0
 ) -> list[keras.callbacks.Callback]:
     """Makes a quantized model ready for `fit` and returns what `fit` has to call.
 
@@ -152,6 +159,7 @@ def prepare(
         fields: as in `policy`.
         model: the quantized model.
         data: makes batches of inputs for `rq.calibrate`.
+        warmup: steps in which the learning rate rises.
     """
     if method == FLOAT:
         return []
@@ -160,4 +168,4 @@ def prepare(
         rq.calibrate(model, data(), verbose=False)
     stages = {int(step): stage for step, stage in fields.get("stages", {}).items()}
     schedules = [rq.callbacks.QuantizationSchedule(stages, unit="step")] if stages else []
-    return [*found.callbacks(), *schedules]
+    return [*found.callbacks(warmup), *schedules]

@@ -64,6 +64,9 @@ class NanoGPT(Task):
         )
         return schedule.attach(optimizer)
 
+    def warmup(self, run: Run) -> int:
+        return self.recipe.of(vars(run)).warmup
+
     def batches(self, run: Run, start: int) -> Gathered:
         recipe = self.recipe.of(vars(run))
         shape = (run.steps, recipe.batch)

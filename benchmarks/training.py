@@ -86,6 +86,14 @@ class Task:
         """The loss of a model that knows nothing."""
         raise NotImplementedError
 
+    def teacher(self, run: Run) -> keras.Model | None:
+        """The float model whose logits a method that distils is trained on; None: labels."""
+        return None
+
+    def warmup(self, run: Run) -> int:
+        """Steps in which the learning rate rises."""
+        return 0
+
     def finished(self, run: Run, model: keras.Model) -> None:
         """Is handed every trained model."""
 
@@ -168,7 +176,10 @@ class Progress(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         step = (epoch + 1) * self.interval
-        self.curve.append({"step": step, **{k: finite(v) for k, v in (logs or {}).items()}})
+        logs = dict(logs or {})
+        if "base_loss" in logs:  # without the penalty that a method adds
+            logs["loss"] = logs["base_loss"]
+        self.curve.append({"step": step, **{k: finite(v) for k, v in logs.items()}})
         losses = [point["loss"] for point in self.curve]
         self.diverged = _has_diverged(losses, self.hopeless)
         if losses[-1] is None:  # NaN stays NaN
@@ -237,9 +248,17 @@ def _state(model: keras.Model) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A quantized model, compiled, and what belongs to it."""
+    """A quantized model, compiled, and what belongs to it.
+
+    Attributes:
+        model: what is evaluated.
+        trained: what `fit` trains: the model, or the distiller that it is the student of.
+        policy: None for the float model.
+        callbacks: what `fit` has to call.
+    """
 
     model: keras.Model
+    trained: keras.Model
     policy: rq.QuantizationPolicy | None
     callbacks: list[keras.callbacks.Callback]
 
@@ -254,21 +273,47 @@ def prepare(task: Task, run: Run) -> Prepared:
         rq.quantize(model, policy, verbose=False)
     batches = task.batches(run, 0)
     callbacks = methods.prepare(
-        run.method, run.fields, model, lambda: [batches[i][0] for i in range(CALIBRATED)]
+        run.method,
+        run.fields,
+        model,
+        lambda: [batches[i][0] for i in range(CALIBRATED)],
+        task.warmup(run),
     )
+    for callback in callbacks:
+        callback.set_model(model)  # what a callback keeps with the model is of its state
     optimizer = task.optimizer(run)
     optimizer.exclude_from_weight_decay(
         [variable for variable in model.trainable_variables if id(variable) not in decayed]
     )
-    model.compile(
-        optimizer,
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-        # A method that is called at every batch needs every batch to be an execution.
-        steps_per_execution=1 if callbacks else math.gcd(STEPS_PER_EXECUTION, task.interval(run)),
-    )
-    model.optimizer.build(model.trainable_variables)
-    return Prepared(model, policy, callbacks)
+    trained = _distiller(task, run, model) or model
+    for one in {id(one): one for one in (model, trained)}.values():
+        one.compile(
+            optimizer if one is trained else None,
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+            steps_per_execution=_steps_per_execution(callbacks, task.interval(run)),
+        )
+    optimizer.build(trained.trainable_variables)
+    return Prepared(model, trained, policy, callbacks)
+
+
+def _distiller(task: Task, run: Run, model: keras.Model) -> keras.Model | None:
+    if run.method == methods.FLOAT or not methods.METHODS[run.method].distils:
+        return None
+    teacher = task.teacher(run)
+    if teacher is None:
+        return None
+    divergence = rq.distillation.Jeffreys()
+    return keras.distillation.Distiller(teacher, model, divergence, student_loss_weight=0.0)
+
+
+def _steps_per_execution(callbacks: list[keras.callbacks.Callback], interval: int) -> int:
+    """What is called at every batch needs every batch to be an execution."""
+    plain = keras.callbacks.Callback
+    names = ("on_train_batch_begin", "on_train_batch_end")
+    if any(getattr(type(c), name) is not getattr(plain, name) for c in callbacks for name in names):
+        return 1
+    return math.gcd(STEPS_PER_EXECUTION, interval)
 
 
 def train(
@@ -288,11 +333,11 @@ def train(
     """
     began = time.perf_counter()
     prepared, interval = prepare(task, run), task.interval(run)
-    model = prepared.model
+    model, trained = prepared.model, prepared.trained
     progress = Progress(interval, task.uniform_loss(), deadline, checkpoint)
-    epoch, progress.curve = checkpoint.restore(model) if checkpoint else (0, [])
+    epoch, progress.curve = checkpoint.restore(trained) if checkpoint else (0, [])
     between = task.validation(run, final=False)
-    model.fit(
+    trained.fit(
         task.batches(run, epoch * interval),
         epochs=run.steps // interval,
         initial_epoch=epoch,

@@ -10,7 +10,12 @@ import pytest
 
 import keras_rq
 
-ROOMS = ("keras_rq.ops", "keras_rq.numerics", "keras_rq.quantizers")
+ROOMS = (
+    "keras_rq.ops",
+    "keras_rq.numerics",
+    "keras_rq.quantizers",
+    "keras_rq.layers.registration",
+)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(keras_rq.__path__, "keras_rq.")
@@ -25,6 +30,9 @@ def test_examples_run(name: str):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["ops", "quantizers.ridge", "quantizers.straight_through"])
+@pytest.mark.parametrize(
+    "name",
+    ["ops", "quantizers.ridge", "quantizers.straight_through", "layers.registration"],
+)
 def test_public_modules_have_examples(name: str):
     assert doctest.testmod(importlib.import_module(f"keras_rq.{name}")).attempted > 0

@@ -52,6 +52,8 @@ class QuantizedEmbedding(QuantizedLayer, keras.layers.Embedding):
     Blocks run along each row: a row is looked up first and then quantized, with the same result.
     """
 
+    kernel_names = ("embeddings",)
+
     def products(self) -> dict[str, Product]:
         return {"embeddings": Lookup()}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_rq.layers.products import Product
+from keras_rq.layers.products import Lookup, Product
 from keras_rq.layers.recurrent import steps_of
 from keras_rq.layers.registry import built_shape, output_shape_of, products_of
 from keras_rq.policy import LayerQuantization
@@ -36,20 +36,22 @@ def energy(
         return 0.0
     products = products_of(layer)
     shapes = built_shape(layer), None
-    if any(product.input_axes for product in products.values()):
-        if shapes[0] is None or steps is None:
-            return None
+    if shapes[0] is not None:
         shapes = shapes[0], output_shape_of(layer)
     costs = [
         _cost(product, quantization, kernels[name].size, *shapes)
         for name, product in products.items()
     ]
-    return None if None in costs else sum(costs) * steps
+    if None in costs or (steps is None and any(costs)):
+        return None
+    return sum(costs) * (steps or 1)
 
 
 def _cost(
     product: Product, quantization: LayerQuantization, elements: int, *shapes: Any
 ) -> float | None:
+    if None in shapes and not isinstance(product, Lookup):
+        return None
     positions = product.positions(*shapes)
     if not positions:
         return positions

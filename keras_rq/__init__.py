@@ -4,6 +4,7 @@ from keras_rq import callbacks, distillation, layers, ops, presets, quantizers
 from keras_rq.api import install as _install
 from keras_rq.api import quantize
 from keras_rq.export.api import export
+from keras_rq.layers.registration import register_layer
 from keras_rq.policy import QuantizationPolicy, Rule
 from keras_rq.quantizers.tensor import QuantizedTensor
 from keras_rq.reports.frontier import plot_frontier
@@ -26,6 +27,7 @@ __all__ = [
     "presets",
     "quantize",
     "quantizers",
+    "register_layer",
     "report",
 ]
 

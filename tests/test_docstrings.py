@@ -15,6 +15,7 @@ ROOMS = (
     "keras_rq.numerics",
     "keras_rq.quantizers",
     "keras_rq.training.annealing",
+    "keras_rq.layers.registration",
 )
 MODULES = [
     module.name
@@ -30,6 +31,9 @@ def test_examples_run(name: str):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("name", ["ops", "quantizers.ridge", "quantizers.straight_through"])
+@pytest.mark.parametrize(
+    "name",
+    ["ops", "quantizers.ridge", "quantizers.straight_through", "layers.registration"],
+)
 def test_public_modules_have_examples(name: str):
     assert doctest.testmod(importlib.import_module(f"keras_rq.{name}")).attempted > 0

@@ -20,6 +20,7 @@ from keras_rq.layers.recurrent import (
     QuantizedLSTMCell,
     QuantizedSimpleRNNCell,
 )
+from keras_rq.layers.registration import multiply, register_layer
 from keras_rq.layers.registry import quantized_class, supported_layers
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "QuantizedSeparableConv1D",
     "QuantizedSeparableConv2D",
     "QuantizedSimpleRNNCell",
+    "multiply",
     "quantized_class",
+    "register_layer",
     "supported_layers",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 from keras import ops
@@ -35,6 +35,7 @@ class QuantizedLayer:
     """
 
     quantization: LayerQuantization
+    kernel_names: ClassVar[tuple[str, ...]] = ("kernel",)  # of the products
 
     def __init__(self, *args: Any, quantization: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -103,10 +104,13 @@ class QuantizedLayer:
 
     def multiply(self, name: str, x: Any) -> Any:
         """The product of an input and the kernel called `name`, both quantized."""
-        product = self.products()[name]
+        self.note_product(name)
         if (lowered := self.lowered) is not None:
-            return lowered(name, product, x)
+            return lowered(name, self.products()[name], x)
         return self.multiply_quantized(name, x)
+
+    def note_product(self, name: str) -> None:
+        """Called before every product of the layer."""
 
     def multiply_quantized(self, name: str, x: Any) -> Any:
         """What `multiply` does when nothing stands in for it."""

@@ -66,6 +66,8 @@ class _Depthwise(_Convolutional):
 class _Separable(_Convolutional):
     """A depthwise and a pointwise convolution; the input of each is quantized."""
 
+    kernel_names = ("depthwise_kernel", "pointwise_kernel")
+
     def products(self) -> dict[str, Product]:
         geometry = (self.strides, self.dilation_rate, self.data_format)
         ones = (1,) * self.rank

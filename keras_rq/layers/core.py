@@ -54,6 +54,8 @@ class QuantizedEmbedding(QuantizedLayer, keras.layers.Embedding):
     A quantizer with variables of its own quantizes the whole table.
     """
 
+    kernel_names = ("embeddings",)
+
     def products(self) -> dict[str, Product]:
         return {"embeddings": Lookup()}
 

@@ -65,8 +65,8 @@ class Product:
         return bool(self.input_axes)  # the same axes of the same sizes, in the same order
 
     def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
-        """How often each kernel element is used per sample; None if a size is unknown."""
-        return _count(output_shape[1:-1])
+        """How often each kernel element is used per sample; None if that is unknown."""
+        return None if output_shape is None else _count(output_shape[1:-1])
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,8 @@ class Einsum(Product):
     def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         # Of the input: a layer may leave sizes of its output open, as attention does.
         x, kernel, _ = self._labels(len(input_shape))
+        if len(x) != len(input_shape):
+            return None  # the product is not of the layer's input
         sizes = dict(zip(x, input_shape, strict=True))
         return _count([sizes[letter] for letter in x[1:] if letter not in kernel])
 
@@ -310,6 +312,24 @@ class Lookup(Product):
 
     def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         return 0
+
+
+@dataclass(frozen=True)
+class KernelOnly(Product):
+    """A kernel that a layer multiplies by means of its own; the other operand stays in float."""
+
+    input_axes: tuple[int, ...] = ()
+    input_shared: tuple[int, ...] = ()
+    kernel_axes: tuple[int, ...] = (0,)
+    kernel_shared: tuple[int, ...] = ()
+
+    @classmethod
+    def create(cls, axes: Any) -> KernelOnly:
+        """Takes the contracted axes of the kernel: an int or several."""
+        axes = (axes,) if isinstance(axes, int) else tuple(axes)
+        if not axes or not all(type(axis) is int for axis in axes):
+            raise ValueError("axes must be whole numbers")
+        return cls(kernel_axes=axes)
 
 
 def _count(sizes: Sequence[int | None]) -> int | None:

@@ -31,6 +31,7 @@ class _Cell(QuantizedLayer):
     anew for each of them. What is dropped is dropped first and quantized afterwards.
     """
 
+    kernel_names = ("kernel", "recurrent_kernel")
     gates: int
     channel_axis = -1
 
@@ -57,12 +58,13 @@ class _Cell(QuantizedLayer):
         x = self.prepare(name, x if masks is None else x * masks)
         if gates is None:
             return self.multiply(name, x)
-        width = getattr(self, name).shape[-1] // self.gates
+        self.note_product(name)
+        x, master = ops.convert_to_tensor(x), self.float32_kernel(name)
+        width = master.shape[-1] // self.gates
         columns = (gates[0] * width, (gates[-1] + 1) * width)
         if (lowered := self.lowered) is not None:
             whole = lowered(name, self.products()[name], x)
             return ops.take(whole, range(*columns), axis=self.channel_axis)
-        x, master = ops.convert_to_tensor(x), self.float32_kernel(name)
         return backend.call_in_graph(self, "multiply_columns", x, master, (name, *columns))
 
     def multiply_columns(self, x: Any, master: Any, part: tuple[str, int, int]) -> Any:

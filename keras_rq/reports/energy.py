@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_rq.layers.base import is_quantized
-from keras_rq.layers.products import Product
+from keras_rq.layers.products import Lookup, Product
 from keras_rq.layers.recurrent import steps_of
 from keras_rq.layers.registry import built_shape, output_shape_of, products_of
 from keras_rq.numerics.grids import Bits
@@ -39,18 +39,20 @@ def energy(
     weights = quantization.weights
     density = weights.pattern.density if weights and weights.pattern else 1.0
     shapes = built_shape(layer), None
-    if any(product.input_axes for product in products.values()):
-        if shapes[0] is None or steps is None:
-            return None
+    if shapes[0] is not None:
         shapes = shapes[0], output_shape_of(layer)
     costs = [
         _cost(product, _bits_per_product(layer, name), kernels[name].size, *shapes)
         for name, product in products.items()
     ]
-    return None if None in costs else sum(costs) * density * steps
+    if None in costs or (steps is None and any(costs)):
+        return None
+    return sum(costs) * density * (steps or 1)
 
 
 def _cost(product: Product, bits: float, elements: int, *shapes: Any) -> float | None:
+    if None in shapes and not isinstance(product, Lookup):
+        return None
     positions = product.positions(*shapes)
     return bits * elements * positions if positions else positions
 

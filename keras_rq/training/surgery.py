@@ -152,10 +152,19 @@ def _reason_for_unknown(layer: keras.layers.Layer) -> str:
     name = type(layer).__name__
     base = next((c for c in supported_layers() if isinstance(layer, c)), None)
     if base is not None:
-        return f"{name} is a subclass of {base.__name__}; its own call() may do more than a product"
+        return (
+            f"{name} is a subclass of {base.__name__}, and its own call() may do more than a "
+            f"product; keras_rq.register_layer({name}, like=keras.layers.{base.__name__}) says "
+            "that it is like one"
+        )
     if all(len(variable.shape) <= 1 for variable in layer._trainable_variables):
         return "multiplies no matrix"  # normalization and the like: float by design
-    return f"{name} has no quantized counterpart"
+    if type(layer).__module__.startswith("keras."):
+        return f"{name} has no quantized counterpart"
+    return (
+        f"{name} is not known; keras_rq.register_layer({name}, products=...) says which kernels "
+        "it multiplies"
+    )
 
 
 def _passes(layer: keras.layers.Layer, filters: Filters) -> bool:

@@ -212,9 +212,7 @@ def test_every_layer_with_weights_is_accounted_for():
     assert quantized == {"first"} | {
         f"attention/mix/{name}" for name in ("query", "key", "value", "attention_output")
     }
-    assert kept["scaled"] == (
-        "Scaled is a subclass of Dense; its own call() may do more than a product"
-    )
+    assert "register_layer(Scaled, like=keras.layers.Dense)" in kept["scaled"]
     assert "multiplies no matrix" in kept["norm"]
     assert kept["inner/deep"] == "excluded by `filters`"
     assert kept["head"] == "Rule('head') leaves it in float"

@@ -26,6 +26,10 @@ def quantize(
     Layers keep their identity, names, variables and place in the graph. An optimizer's state stays
     valid. What stays in float is printed and reported, with the reason.
 
+    Quantizers that learn add variables to their layers: a model that was trained before then gets
+    an optimizer that knows them. Those that learn or have a static range for inputs need
+    `keras_rq.calibrate` before the model is used.
+
     Args:
         model: a built Keras model (or layer) of any kind: Sequential, Functional, subclassed,
             nested, with shared layers.

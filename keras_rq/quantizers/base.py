@@ -50,7 +50,8 @@ class Encoding(NamedTuple):
 class Quantizer:
     """Fields that every estimator shares. Use a subclass such as `Ridge`.
 
-    Quantizers are immutable, serializable and hold no variables, so that one can serve many layers.
+    Quantizers are immutable, serializable and hold no variables, so that one can serve many layers:
+    a layer keeps what a quantizer learns.
 
     Args:
         bits: 1, 1.5 (ternary), 2 to 8, or "fp4" (E2M1).

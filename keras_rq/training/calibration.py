@@ -7,11 +7,12 @@ that has not been calibrated, and the model's forward pass updates nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import data_adapter_utils
 
@@ -76,7 +77,8 @@ def calibrate(
     """
     layers = _check(model, method, batches)
     observers: _Observers = {}
-    with backend.eagerly(), all_lowered_by(model, lambda layer: _observing(layer, observers)):
+    observing = all_lowered_by(model, lambda layer: _observing(layer, observers))
+    with backend.eagerly(), _without_remat(model), observing:
         for batch in _progress(_batches(model, data, batch_size), batches, verbose):
             model(batch, training=False)
     found = _found(layers, observers, method)
@@ -90,6 +92,19 @@ def calibrate(
         for layer, kernels in found.items()
         for name, values in kernels.items()
     }
+
+
+@contextmanager
+def _without_remat(model: keras.layers.Layer) -> Iterator[None]:
+    """Rematerialized layers are traced, and a trace has no values to observe."""
+    modes = [(layer, layer._remat_mode) for layer in model._flatten_layers()]
+    try:
+        for layer, _ in modes:
+            layer._remat_mode = None
+        yield
+    finally:
+        for layer, mode in modes:
+            layer._remat_mode = mode
 
 
 def _observing(layer: QuantizedLayer, observers: _Observers) -> Callable[..., Any]:
@@ -209,8 +224,6 @@ def _batches(model: keras.layers.Layer, data: Any, batch_size: int | None) -> _B
         )
     if (isinstance(data, list) and not _are_inputs(model, data)) or isinstance(data, Iterator):
         data = (batch if isinstance(batch, tuple) else (batch,) for batch in data)
-    elif isinstance(data, (list, tuple, dict)):
-        data = tree.map_structure(np.asarray, data)
     try:
         return _Batches(data_adapters.get_data_adapter(data, batch_size=batch_size))
     except ValueError as error:

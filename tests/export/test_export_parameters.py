@@ -12,7 +12,7 @@ from export_cases import BRANCHES, INTEGER, branches, inputs
 from keras import ops
 
 import keras_rq as rq
-from keras_rq.quantizers import LearnedStep, Ridge, StraightThrough
+from keras_rq.quantizers import PACT, LearnedStep, Ridge, StraightThrough, StretchedElastic
 
 STATIC = {"calibration": "static"}
 POLICIES = {
@@ -27,6 +27,8 @@ POLICIES = {
         weights=LearnedStep(4, rotation="hadamard", block_size="tensor"),
         activations=LearnedStep(4, rotation="hadamard"),
     ),
+    "pact": rq.QuantizationPolicy(weights=StretchedElastic(2), activations=PACT(4)),
+    "pact-ternary": rq.QuantizationPolicy(weights=StretchedElastic(1.5), activations=PACT(8)),
     "learned-weights": rq.QuantizationPolicy(weights=LearnedStep(4)),
     "static": rq.QuantizationPolicy("W4", activations=Ridge(8, **STATIC)),
     "static-one": rq.QuantizationPolicy("W1", activations=Ridge(1, **STATIC)),
@@ -44,7 +46,7 @@ def quantized(policy: rq.QuantizationPolicy, names: Any = tuple(BRANCHES)) -> ke
         rq.calibrate(model, inputs(), verbose=False)
     # Steps that training has moved are no statistics of the kernels.
     for variable in model.trainable_variables:
-        if variable.name.endswith("_step"):
+        if variable.name.endswith(("_step", "_alpha")):
             variable.assign(ops.multiply(variable, 1.1))
     return model
 

@@ -15,7 +15,7 @@ from keras import layers
 from reference import Spec
 
 import keras_rq as rq
-from keras_rq.quantizers import Ridge
+from keras_rq.quantizers import LearnedStep, Ridge
 from keras_rq.reports.report import Row
 
 pytestmark = pytest.mark.once
@@ -242,6 +242,19 @@ def test_sparse_storage_is_a_mask_and_the_codes_that_are_not_zero():
     assert row.sparsity == 0.5
     assert row.energy == 8 * 4 * 0.5 * 48 * 6
     assert row.nbytes == 48 * 6 // 8 + math.ceil(np.count_nonzero(codes) / 2) + 4 * 6
+
+
+def test_a_learned_step_is_the_stored_scale_and_counts_once():
+    policy = rq.QuantizationPolicy(weights=LearnedStep(4), activations=LearnedStep(8))
+    row = row_of(layers.Dense(4), (16,), policy)
+    # Codes, a step for each output; the bias; a step and a shift of the input.
+    assert row.nbytes == 64 // 2 + 4 * 4 + 4 * 4 + 2 * 4
+    assert row.parameters == 64 + 4 + 4 + 2
+    assert row.bits_per_element == 4 + 32 * 4 / 64
+    assert (row.activation_bits, row.weight_bits) == (8, 4)
+    static = rq.QuantizationPolicy("W4", activations=Ridge(8, calibration="static"))
+    # Codes, a scale and an offset for each output; the bias; range and line of the input.
+    assert row_of(layers.Dense(4), (16,), static).nbytes == 64 // 2 + 8 * 4 + 4 * 4 + 4 * 4
 
 
 def test_unknown_sizes_leave_the_energy_open():

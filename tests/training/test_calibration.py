@@ -157,6 +157,15 @@ def test_calibrating_again_starts_anew():
     assert calibrate(model) == calibrate(make())
 
 
+def test_rematerialized_layers_are_seen_too():
+    with keras.RematScope(mode="full"):
+        model = make()
+    modes = [layer._remat_mode for layer in model.layers]
+    assert calibrate(model) == calibrate(make())
+    assert [layer._remat_mode for layer in model.layers] == modes
+    assert modes[1] is not None
+
+
 # Data.
 
 

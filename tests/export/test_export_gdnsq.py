@@ -43,8 +43,10 @@ def bring_down(model: keras.Model) -> None:
             of = parameters.of_kernel(layer, name)
             for kind, given in (("weights", of.weights), ("activations", of.inputs)):
                 if given:
-                    less = 10.0 - getattr(layer.quantization, kind).target + 0.01
-                    given["log_step"].assign(ops.add(given["log_step"], less))
+                    levels = 2.0 ** getattr(layer.quantization, kind).target
+                    ratio = 1023 / (levels - 1) if kind == "weights" else 1024 / levels
+                    moved = ops.add(given["log_step"], np.log2(1.005 * ratio))
+                    given["log_step"].assign(moved)
 
 
 @pytest.mark.once

@@ -314,7 +314,7 @@ class Lowering:
         """
         tf, q = require("tensorflow"), self.layer.quantization
         if q.activations is not None:
-            x = q.activations.fake_quantize(x, q.activations.input_blocks((-1,)), self.given)
+            x = self._fake_quantize(x, q.activations.input_blocks((-1,)))
         if q.weights is None:
             return ops.matmul(x, ops.convert_to_tensor(kernel.kernel))
         tensor = _constant(q.weights, kernel.map(np.transpose), q.weights.blocks((1,)))
@@ -329,7 +329,7 @@ class Lowering:
         q = self.layer.quantization
         if q.activations is not None and product.input_axes:
             blocks = product.input_blocks(q.activations)
-            x = q.activations.fake_quantize(x, blocks, self.given)
+            x = self._fake_quantize(x, blocks)
         if q.weights is None:
             return product.apply(x, ops.convert_to_tensor(kernel.kernel))
         blocks = product.kernel_blocks(q.weights)
@@ -338,6 +338,16 @@ class Lowering:
         if tensor.rotated:
             values = rotations.hadamard(values, blocks.axes)
         return product.apply(x, values)
+
+    def _fake_quantize(self, x: Any, blocks: Blocks) -> Any:
+        quantizer = self.layer.quantization.activations
+        if not self.given:
+            return quantizer.fake_quantize(x, blocks)
+        # Without what carries the gradient, for which files have no operators.
+        x = quantizer.rotate(ops.cast(x, "float32"), blocks)
+        view = blocks.view(tuple(x.shape))
+        codes, line = quantizer.codes_and_line(x, view, blocks, self.given)
+        return quantizer.rotate(view.merge(line(codes)), blocks)
 
     def _stored_as_integers(self, tensor: _Constant, bits: float, label: str) -> Any:
         """A float constant that the file holds as integer codes."""

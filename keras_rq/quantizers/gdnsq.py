@@ -221,7 +221,7 @@ class GDNSQ(Learned):
 
         Its gradient reaches the step, and the largest and the smallest element.
         """
-        log_step = parameters["log_step"]
+        log_step = ops.convert_to_tensor(parameters["log_step"], dtype="float32")
         return ops.log2(_extent(values, view) + ops.exp2(log_step)) - log_step
 
     def input_width(self, parameters: Parameters) -> Any:

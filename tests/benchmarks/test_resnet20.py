@@ -82,6 +82,26 @@ def test_quantized_runs_start_from_the_weights_of_the_float_run(tmp_path: Path):
     assert training.train(task, quantized)["val_accuracy"] is not None
 
 
+def test_gdnsq_is_trained_on_the_logits_of_the_float_model(tmp_path: Path):
+    task = cifar.ResNet20(DATA, tmp_path / "float.weights.h5", small=True)
+    training.train(task, Run("float", "float", 0.01, 4))
+    gdnsq = Run("gdnsq", "A4W4", 1e-3, 8)
+    prepared = training.prepare(task, gdnsq)
+    assert isinstance(prepared.trained, keras.distillation.Distiller)
+    assert prepared.trained.student is prepared.model
+    assert prepared.trained.steps_per_execution > 1 or task.interval(gdnsq) == 1
+    (callback,) = prepared.callbacks
+    assert callback.warmup == 2
+    row = training.train(task, gdnsq)
+    assert row["val_accuracy"] is not None and row["val_loss"] > 0.0
+    assert [{"base_loss", "bits_weights", "temperature"} <= set(p) for p in row["curve"]] == [
+        True
+    ] * len(row["curve"])
+    by_labels = Run("gdnsq", "A4W4", 1e-3, 4, fields={"recipe": {"distil": False}})
+    prepared = training.prepare(task, by_labels)
+    assert prepared.trained is prepared.model
+
+
 def test_the_table_gives_epochs_beside_accuracies():
     plans = resnet20.Plans(epochs=100)
     rows = [

@@ -32,6 +32,8 @@ def energy(
     Returns:
         The proxy, without data movement; None where a size is unknown.
     """
+    if quantization.matmuls is not None:
+        return _energy_of_pairs(layer, _width(quantization.matmuls), steps)
     if not kernels:
         return 0.0
     products = products_of(layer)
@@ -45,6 +47,12 @@ def energy(
     if None in costs or (steps is None and any(costs)):
         return None
     return sum(costs) * (steps or 1)
+
+
+def _energy_of_pairs(layer: Any, width: float, steps: int | None) -> float | None:
+    shapes = layer.pair_shapes()
+    counts = [pair.multiplications(*shapes[name]) for name, pair in layer.pairs().items()]
+    return None if None in (*counts, steps) else width * width * sum(counts) * steps
 
 
 def _cost(

@@ -13,9 +13,10 @@ import keras
 from keras_rq import quantizers, shorthand
 from keras_rq.quantizers import Quantizer
 
-_VERSION = 2
+_VERSION = 3
 # Fields that later versions added, with what their absence meant.
-_ADDED = {1: {"forward": None}}
+_ADDED = {1: {"forward": None, "matmuls": None}, 2: {"matmuls": None}}
+_ADDED_TO_RULES = {1: {"matmuls": "inherit"}, 2: {"matmuls": "inherit"}}
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,21 @@ class LayerQuantization:
         weights: quantizer of the layer's kernels.
         activations: quantizer of the layer's inputs.
         forward: None, or "int8": the forward product runs on integers (see `QuantizationPolicy`).
+        matmuls: quantizer of both operands of products of two activations.
         is_calibrated: whether the layer's variables hold ranges of its inputs.
     """
 
     weights: Quantizer | None
     activations: Quantizer | None
     forward: str | None = None
+    matmuls: Quantizer | None = None
     is_calibrated: bool = False
+
+    @property
+    def label(self) -> str:
+        """Bit widths in short: "A4W1", "W4", or "M8" for products of two activations."""
+        operands = {"A": self.activations, "W": self.weights, "M": self.matmuls}
+        return "".join(f"{letter}{q.bits}" for letter, q in operands.items() if q is not None)
 
     def get_config(self) -> dict[str, Any]:
         calibrated = {"is_calibrated": True} if self.is_calibrated else {}
@@ -41,11 +50,12 @@ class LayerQuantization:
             "weights": _serialize(self.weights),
             "activations": _serialize(self.activations),
             "forward": self.forward,
+            "matmuls": _serialize(self.matmuls),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LayerQuantization:
-        names = ("weights", "activations", "forward")
+        names = ("weights", "activations", "forward", "matmuls")
         is_calibrated = isinstance(config, dict) and config.get("is_calibrated", False) is True
         if is_calibrated:
             config = {name: value for name, value in config.items() if name != "is_calibrated"}
@@ -64,7 +74,7 @@ class Rule:
             holds four EinsumDense); or a callable that takes the layer and returns a bool.
         weights: a quantizer, a bit width (then `Ridge`), or None for float. Left out: the policy's.
         activations: likewise.
-        matmuls: quantizer of products of two activations; not available yet.
+        matmuls: quantizer of products of two activations; likewise.
         skip: leave the layer in float altogether.
 
     Raises:
@@ -88,12 +98,12 @@ class Rule:
         self.match = _check_match(match)
         self.weights = weights if weights is ... else quantizers.get(weights)
         self.activations = activations if activations is ... else quantizers.get(activations)
-        _refuse_matmuls(None if matmuls is ... else matmuls)
+        self.matmuls = matmuls if matmuls is ... else _check_matmuls(matmuls)
         self.skip = skip
-        if skip and not (weights is ... and activations is ...):
+        if skip and not (weights is ... and activations is ... and matmuls is ...):
             raise ValueError(
                 "A rule with skip=True leaves its layers in float; it takes no quantizers. "
-                f"Received: weights={weights!r}, activations={activations!r}"
+                f"Received: weights={weights!r}, activations={activations!r}, matmuls={matmuls!r}"
             )
 
     def matches(
@@ -120,12 +130,13 @@ class Rule:
             "match": match,
             "weights": _serialize(self.weights),
             "activations": _serialize(self.activations),
+            "matmuls": _serialize(self.matmuls),
             "skip": self.skip,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Rule:
-        names = ("match", "weights", "activations", "skip")
+        names = ("match", "weights", "activations", "matmuls", "skip")
         # A rule is saved within a policy, which has the version.
         config = {"version": _VERSION, **config} if isinstance(config, dict) else config
         fields = _checked_fields(config, "a rule", names)
@@ -136,7 +147,7 @@ class Rule:
                 f"Received: {match!r}"
             )
         found = match["path"] if "path" in match else _ClassNamed(match["class"])
-        operands = ("weights", "activations")
+        operands = ("weights", "activations", "matmuls")
         return cls(found, **{k: _deserialize(v) if k in operands else v for k, v in fields.items()})
 
     def __repr__(self) -> str:
@@ -166,7 +177,11 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         weights: quantizer of kernels, or a bit width; replaces what `spec` says.
         activations: quantizer of layer inputs, or a bit width; replaces what `spec` says. None
             leaves what `spec` says; for weights alone write "W4".
-        matmuls: quantizer of products of two activations; not available yet.
+        matmuls: quantizer of the products of two activations, or a bit width; both operands get it.
+            In MultiHeadAttention and GroupedQueryAttention those are queries and keys, along the
+            head, and probabilities and values, along the keys: the number of keys may be unknown,
+            so that each row has one block there. `keras_rq.layers.Matmul` and `Einsum` are such
+            products in a layer of one's own. None leaves them in float.
         rules: `Rule` objects; the first that matches a layer decides.
         forward: how products are computed while training. None: in float, from dequantized
             operands. "int8": on the integer units, from codes of up to 8 bits (Theorem 1 of
@@ -198,16 +213,17 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         of_weights, of_activations = (None, None) if spec is None else shorthand.read(spec)
         self.weights = of_weights if weights is None else quantizers.get(weights)
         self.activations = of_activations if activations is None else quantizers.get(activations)
-        _refuse_matmuls(matmuls)
+        self.matmuls = _check_matmuls(matmuls)
         super().__init__(self.weights, self.activations)
         self.rules = tuple(rules)
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise TypeError(f"`rules` must hold keras_rq.Rule objects. Received: {rule!r}")
-        if self.weights is None and self.activations is None and not self.rules:
+        operands = (self.weights, self.activations, self.matmuls)
+        if all(quantizer is None for quantizer in operands) and not self.rules:
             raise ValueError(
                 "A policy without quantizers and rules does nothing. Give a shorthand such as "
-                "'A4W1', `weights=`, `activations=` or `rules=`."
+                "'A4W1', `weights=`, `activations=`, `matmuls=` or `rules=`."
             )
 
     @property
@@ -227,13 +243,14 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         """The quantizers of `layer`; both None where the policy leaves it in float."""
         rule = self.rule_for(layer, containers)
         if rule is None:
-            return LayerQuantization(self.weights, self.activations, self.forward)
+            return LayerQuantization(self.weights, self.activations, self.forward, self.matmuls)
         if rule.skip:
             return LayerQuantization(None, None)
         return LayerQuantization(
             self.weights if rule.weights is ... else rule.weights,
             self.activations if rule.activations is ... else rule.activations,
             self.forward,
+            self.matmuls if rule.matmuls is ... else rule.matmuls,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -241,25 +258,31 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             "version": _VERSION,
             "weights": _serialize(self.weights),
             "activations": _serialize(self.activations),
+            "matmuls": _serialize(self.matmuls),
             "rules": [rule.get_config() for rule in self.rules],
             "forward": self.forward,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationPolicy:
-        names = ("weights", "activations", "rules", "forward")
+        names = ("weights", "activations", "matmuls", "rules", "forward")
         fields = _checked_fields(config, "a policy", names)
+        added = _ADDED_TO_RULES.get(config["version"], {})
         return cls(
             weights=_deserialize(fields["weights"]),
             activations=_deserialize(fields["activations"]),
-            rules=[Rule.from_config(rule) for rule in fields["rules"]],
+            matmuls=_deserialize(fields["matmuls"]),
+            rules=[
+                Rule.from_config({**added, **rule} if isinstance(rule, dict) else rule)
+                for rule in fields["rules"]
+            ],
             forward=fields["forward"],
         )
 
     def __repr__(self) -> str:
         return (
             f"QuantizationPolicy(weights={self.weights!r}, activations={self.activations!r}, "
-            f"rules={list(self.rules)!r}, forward={self.forward!r})"
+            f"matmuls={self.matmuls!r}, rules={list(self.rules)!r}, forward={self.forward!r})"
         )
 
 
@@ -288,12 +311,20 @@ def _check_forward(forward: Any) -> str | None:
     return forward
 
 
-def _refuse_matmuls(matmuls: Any) -> None:
-    if matmuls is not None:
+def _check_matmuls(matmuls: Any) -> Quantizer | None:
+    quantizer = quantizers.get(matmuls)
+    if quantizer is not None and quantizer.pattern is not None:
         raise ValueError(
-            "`matmuls` (products of two activations, as inside attention) cannot be quantized by "
-            f"this version; leave it None. Received: matmuls={matmuls!r}"
+            "`matmuls` quantizes activations, which have no weights to prune; leave out its "
+            f"sparsity. Received: matmuls={matmuls!r}"
         )
+    if quantizer is not None and quantizer.has_parameters:
+        raise ValueError(
+            "`matmuls` takes its statistics from the data at hand: it takes no quantizer that "
+            "learns, or whose range is static, because the product has no variables to hold it. "
+            f"Received: matmuls={matmuls!r}"
+        )
+    return quantizer
 
 
 def _serialize(quantizer: Quantizer | EllipsisType | None) -> Any:

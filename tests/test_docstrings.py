@@ -16,6 +16,7 @@ ROOMS = (
     "keras_rq.quantizers",
     "keras_rq.training.annealing",
     "keras_rq.layers.registration",
+    "keras_rq.layers.matmuls",
 )
 MODULES = [
     module.name
@@ -33,7 +34,13 @@ def test_examples_run(name: str):
 @pytest.mark.once
 @pytest.mark.parametrize(
     "name",
-    ["ops", "quantizers.ridge", "quantizers.straight_through", "layers.registration"],
+    [
+        "ops",
+        "quantizers.ridge",
+        "quantizers.straight_through",
+        "layers.registration",
+        "layers.matmuls",
+    ],
 )
 def test_public_modules_have_examples(name: str):
     assert doctest.testmod(importlib.import_module(f"keras_rq.{name}")).attempted > 0

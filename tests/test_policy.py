@@ -130,7 +130,8 @@ def test_arguments_replace_what_the_shorthand_says():
         (lambda: rq.QuantizationPolicy(weights=[4]), TypeError, "Received: [4]"),
         (lambda: rq.QuantizationPolicy(weights=9), ValueError, "bits=9"),
         (lambda: rq.QuantizationPolicy(activations="fp8"), ValueError, "bits='fp8'"),
-        (lambda: rq.QuantizationPolicy("A4W1", matmuls=8), ValueError, "matmuls=8"),
+        (lambda: rq.QuantizationPolicy("A4W1", matmuls=9), ValueError, "bits=9"),
+        (lambda: rq.QuantizationPolicy(matmuls=Ridge(4, sparsity=0.5)), ValueError, "no weights"),
         (lambda: rq.QuantizationPolicy("A4W1", rules=["head"]), TypeError, "Received: 'head'"),
         (lambda: rq.QuantizationPolicy(weights=Ridge(4, ridge_lambda=-1)), ValueError, "=-1"),
         (lambda: rq.Rule(3), TypeError, "match=3"),
@@ -138,7 +139,8 @@ def test_arguments_replace_what_the_shorthand_says():
         (lambda: rq.Rule(keras.losses.Loss), TypeError, "match=<class"),
         (lambda: rq.Rule("(", skip=True), ValueError, "'('"),
         (lambda: rq.Rule("a", weights=9), ValueError, "bits=9"),
-        (lambda: rq.Rule("a", matmuls=8), ValueError, "matmuls=8"),
+        (lambda: rq.Rule("a", matmuls=9), ValueError, "bits=9"),
+        (lambda: rq.Rule("a", matmuls=8, skip=True), ValueError, "matmuls=8"),
         (lambda: rq.Rule("a", weights=8, skip=True), ValueError, "weights=8"),
     ],
 )
@@ -243,6 +245,7 @@ POLICIES = [
             rq.Rule("^stem", skip=True),
         ],
     ),
+    rq.QuantizationPolicy(matmuls=8, rules=[rq.Rule("a", matmuls=None), rq.Rule("b", matmuls=4)]),
 ]
 
 
@@ -254,6 +257,20 @@ def test_policies_survive_json(policy: rq.QuantizationPolicy):
     assert loaded.get_config() == policy.get_config()
     for layer in (*model_of("head", "stem", "other").layers, layers.Embedding(3, 4, name="e")):
         assert loaded.resolve(layer) == policy.resolve(layer)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_older_policies_quantize_no_matmuls(version: int):
+    policy = rq.QuantizationPolicy("A4W1", rules=[rq.Rule("a", weights=4)])
+    config = json.loads(json.dumps(policy.get_config())) | {"version": version}
+    for old in (config, *config["rules"]):
+        del old["matmuls"]
+    loaded = rq.QuantizationPolicy.from_config(config)
+    assert loaded.get_config() == policy.get_config()
+    layer = LayerQuantization(Ridge(1), Ridge(4))
+    config = layer.get_config() | {"version": version}
+    del config["matmuls"]
+    assert LayerQuantization.from_config(config) == layer
 
 
 def test_a_callable_rule_cannot_be_saved():
@@ -283,11 +300,12 @@ def saved_quantizer(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (broken(version=3), "version=3"),
+        (broken(version=4), "version=4"),
         (broken(version=...), "version=None"),
         ("A4W1", "version='A4W1'"),
-        (broken(weights=...), "Received: ['activations', 'forward']"),
-        (broken(matmuls=None), "'matmuls'"),
+        (broken(weights=...), "Received: ['activations', 'forward', 'matmuls']"),
+        (broken(biases=None), "'biases'"),
+        (broken(matmuls=4), "Received: 4"),
         (broken(weights=saved_quantizer(registered_name="keras_rq>Magic")), "keras_rq>Magic"),
         (broken(weights=saved_quantizer(config={})), "could not be read"),
         (broken(weights=saved_quantizer(config={"bits": 4, "magic": 1})), "'magic': 1"),
@@ -303,12 +321,15 @@ def test_saved_layers_with_faults_are_refused(config: Any, complaint: str):
     assert complaint in str(error.value)
 
 
+RULE = {"weights": None, "activations": None, "matmuls": None, "skip": False}
+
+
 @pytest.mark.parametrize(
     ("rule", "complaint"),
     [
         ({"match": {"path": "a"}}, "a rule must have the fields"),
-        ({"match": "a", "weights": None, "activations": None, "skip": False}, "Received: 'a'"),
-        ({"match": {"module": "os"}, "weights": None, "activations": None, "skip": True}, "'os'"),
+        ({**RULE, "match": "a"}, "Received: 'a'"),
+        ({**RULE, "match": {"module": "os"}}, "'os'"),
         ("head", "version='head'"),
     ],
 )
@@ -340,7 +361,7 @@ def test_loading_runs_no_code(tmp_path):
             with pytest.raises(ValueError, match="saved quantizer"):
                 LayerQuantization.from_config(config)
     (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
-    rule = {"match": {"class": "evil.Layer"}, "weights": None, "activations": None, "skip": False}
+    rule = {**RULE, "match": {"class": "evil.Layer"}}
     config = {**rq.QuantizationPolicy("A4W1").get_config(), "rules": [rule]}
     policy = rq.QuantizationPolicy.from_config(config)
     assert not policy.rules[0].matches(layers.Dense(2))

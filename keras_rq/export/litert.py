@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from keras_rq.export import interpreter, signatures
 from keras_rq.export._litert_graph import IntegerGraph, convert
 from keras_rq.export.lowering import Call, Lowered, Lowering
-from keras_rq.layers.base import all_lowered_by
+from keras_rq.layers.base import all_lowered_by, is_quantized
 
 _OWN_PACKAGES = ("keras", "keras_rq")
 
@@ -45,7 +45,7 @@ class LiteRTFile:
     @property
     def part_names(self) -> list[str]:
         """What the inputs of `parts` are called, in order."""
-        return _part_names(sum(1 for product in self.products if not product.in_loop))
+        return _part_names(sum(1 for product in self.products if product.alone))
 
 
 def build(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
@@ -80,9 +80,18 @@ def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
     signature = [tf.TensorSpec(spec.shape, spec.dtype, name=spec.name) for spec in flat]
     with all_lowered_by(model, lambda layer: Lowering(graph, layer, calls)):
         content = _convert(serve, signature, graph)
-    apart = [call for call in calls if not call.lowered.in_loop]
+    apart = [call for call in calls if call.lowered.alone]
     parts = _build_parts(apart, optimize) if apart else b""
-    return LiteRTFile(content, parts, tuple(call.lowered for call in calls))
+    return LiteRTFile(content, parts, (*(call.lowered for call in calls), *_pairs(model)))
+
+
+def _pairs(model: keras.Model) -> Iterator[Lowered]:
+    """The products of two activations, which the trace holds as they are trained."""
+    for layer in model._flatten_layers():
+        if is_quantized(layer):
+            for name in layer.pairs():
+                reason = "it is a product of two activations"
+                yield Lowered(f"{layer.path}/{name}", "float", reason, alone=False)
 
 
 def _convert(function: Callable[..., Any], signature: list[Any], graph: IntegerGraph) -> bytes:

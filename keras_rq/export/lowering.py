@@ -50,13 +50,13 @@ class Lowered:
         path: of the layer, and the name of the kernel.
         kernel: "integer" or "float".
         reason: why it runs in float, where it does.
-        in_loop: it lies in the body of a loop, and cannot be run by itself.
+        alone: it can be run, and checked, by itself.
     """
 
     path: str
     kernel: str
     reason: str | None = None
-    in_loop: bool = False
+    alone: bool = True
 
 
 class Call(NamedTuple):
@@ -172,7 +172,7 @@ class Lowering:
         The body of a loop is traced more than once, for one entry in the report.
         """
         reason = "it lies in a loop over time steps; its weights are stored as float32"
-        lowered = Lowered(label, "float", reason, in_loop=True)
+        lowered = Lowered(label, "float", reason, alone=False)
         if all(call.lowered != lowered for call in self.calls):
             dtype = keras.backend.standardize_dtype(x.dtype)
             self.calls.append(Call(self.layer, name, product, tuple(x.shape), dtype, lowered))

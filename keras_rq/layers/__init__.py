@@ -14,6 +14,14 @@ from keras_rq.layers.convolutional import (
     QuantizedSeparableConv2D,
 )
 from keras_rq.layers.core import QuantizedDense, QuantizedEinsumDense, QuantizedEmbedding
+from keras_rq.layers.matmuls import (
+    Einsum,
+    Matmul,
+    QuantizedEinsum,
+    QuantizedGroupQueryAttention,
+    QuantizedMatmul,
+    QuantizedMultiHeadAttention,
+)
 from keras_rq.layers.recurrent import (
     QuantizedConvLSTMCell,
     QuantizedGRUCell,
@@ -24,6 +32,8 @@ from keras_rq.layers.registration import multiply, register_layer
 from keras_rq.layers.registry import quantized_class, supported_layers
 
 __all__ = [
+    "Einsum",
+    "Matmul",
     "QuantizedConv1D",
     "QuantizedConv1DTranspose",
     "QuantizedConv2D",
@@ -34,11 +44,15 @@ __all__ = [
     "QuantizedDense",
     "QuantizedDepthwiseConv1D",
     "QuantizedDepthwiseConv2D",
+    "QuantizedEinsum",
     "QuantizedEinsumDense",
     "QuantizedEmbedding",
     "QuantizedGRUCell",
+    "QuantizedGroupQueryAttention",
     "QuantizedLSTMCell",
     "QuantizedLayer",
+    "QuantizedMatmul",
+    "QuantizedMultiHeadAttention",
     "QuantizedSeparableConv1D",
     "QuantizedSeparableConv2D",
     "QuantizedSimpleRNNCell",

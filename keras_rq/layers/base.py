@@ -89,7 +89,15 @@ class QuantizedLayer:
 
     def products(self) -> dict[str, Product]:
         """The layer's products, by the name of the attribute that holds the kernel."""
-        raise NotImplementedError
+        return {}
+
+    def pairs(self) -> dict[str, Product]:
+        """The layer's products of two activations, by names of their own."""
+        return {}
+
+    def pair_shapes(self) -> dict[str, tuple[Any, Any]]:
+        """Shapes of the operands of `pairs`, for reports."""
+        return {}
 
     def output_shape_of(self, input_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Shape of the output, for reports."""
@@ -154,6 +162,25 @@ class QuantizedLayer:
             unrotate=not self._rotates_alike(product, kernel.shape),
             forward=forward,
         )
+
+    def multiply_pair(self, name: str, x: Any, y: Any) -> Any:
+        """The product of two activations, both quantized."""
+        self.note_product(name)
+        x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+        return backend.call_in_graph(self, "multiply_pair_by", x, y, name)
+
+    def multiply_pair_by(self, x: Any, y: Any, name: str) -> Any:
+        """What `multiply_pair` computes."""
+        product, quantizer = self.pairs()[name], self.quantization.matmuls
+        if quantizer is None:
+            return product.apply(x, y)
+        alike = product.shares_rotation(y.shape)
+        if not alike:
+            quantizer = quantizer.replace(rotation=None)
+        blocks = product.input_blocks(quantizer), product.kernel_blocks(quantizer)
+        y = quantizer.fake_quantize(y, blocks[1], unrotate=not alike)
+        quantized = quantizer.fake_quantize(x, blocks[0], unrotate=not alike)
+        return product.apply(product.restore_zeros(x, quantized), y)
 
     def quantized_kernel(
         self, name: str, master: Any, given: Mapping[str, Any] | None = None

@@ -64,9 +64,17 @@ class Product:
         """Whether operands that are both rotated have the product of the operands as they were."""
         return bool(self.input_axes)  # the same axes of the same sizes, in the same order
 
+    def restore_zeros(self, x: Any, quantized: Any) -> Any:
+        """What of a quantized first operand `x` enters the product."""
+        return quantized
+
     def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         """How often each kernel element is used per sample; None if that is unknown."""
         return None if output_shape is None else _count(output_shape[1:-1])
+
+    def multiplications(self, x_shape: Shape, y_shape: Shape) -> int | None:
+        """Of two activations, per sample; None if a size is unknown."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,10 @@ class MatMul(Product):
     def input_as_matrix(self, x: Any, kernel_shape: Shape) -> tuple[Any, Callable[[Any], Any]]:
         """The input as `(..., K)`, and what makes the layer's output of the product `(..., N)`."""
         return x, lambda product: product
+
+    def multiplications(self, x_shape: Shape, y_shape: Shape) -> int | None:
+        lead = max(x_shape[:-2], y_shape[:-2], key=len)  # the other one is broadcast
+        return _count([*lead[1:], *x_shape[-2:], *y_shape[-1:]])
 
 
 @dataclass(frozen=True)
@@ -154,6 +166,11 @@ class Einsum(Product):
 
         length = math.prod(kernel_shape[a] for a in self.kernel_axes)
         return ops.reshape(x, (*lead, length)), restore
+
+    def multiplications(self, x_shape: Shape, y_shape: Shape) -> int | None:
+        x, y, _ = self._labels(len(x_shape))
+        sizes = dict(zip(x, x_shape, strict=True)) | dict(zip(y, y_shape, strict=True))
+        return _count([size for letter, size in sizes.items() if letter != x[0]])
 
     def _labels(self, input_rank: int) -> tuple[str, str, str]:
         operands, output = self.equation.replace(" ", "").split("->")
@@ -330,6 +347,42 @@ class KernelOnly(Product):
         if not axes or not all(type(axis) is int for axis in axes):
             raise ValueError("axes must be whole numbers")
         return cls(kernel_axes=axes)
+
+
+@dataclass(frozen=True)
+class OfUnknownLength(Product):
+    """A product along an axis whose length may be unknown, such as that of keys.
+
+    There is one block along that axis, and nothing is rotated: that needs no length.
+
+    Attributes:
+        product: the product.
+        keep_zeros: zeros of the first operand are zeros still when it is quantized: a masked key
+            has no weight, whatever the quantizer makes of the smallest one.
+    """
+
+    product: Product
+    keep_zeros: bool = False
+
+    can_block = False
+
+    @classmethod
+    def create(cls, product: Product, keep_zeros: bool = False) -> OfUnknownLength:
+        """Takes the axes of the product."""
+        axes = (product.input_axes, product.input_shared)
+        return cls(*axes, product.kernel_axes, product.kernel_shared, product, keep_zeros)
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return self.product.apply(x, kernel)
+
+    def shares_rotation(self, kernel_shape: Shape) -> bool:
+        return False
+
+    def restore_zeros(self, x: Any, quantized: Any) -> Any:
+        return ops.where(x == 0, ops.zeros_like(x), quantized) if self.keep_zeros else quantized
+
+    def multiplications(self, x_shape: Shape, y_shape: Shape) -> int | None:
+        return self.product.multiplications(x_shape, y_shape)
 
 
 def _count(sizes: Sequence[int | None]) -> int | None:

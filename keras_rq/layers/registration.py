@@ -193,6 +193,13 @@ class _OwnCall(QuantizedLayer):
         return outputs
 
     def _check_reads(self, reads: _Reads) -> None:
+        for name in self.pairs():
+            if self.quantization.matmuls is not None and name not in reads.products:
+                raise ValueError(
+                    f"Layer {self.path!r} ({type(self).__name__}) computes the attention {name} by "
+                    "itself, so that they stay in float. Leave it out with a keras_rq.Rule, or do "
+                    "not override _compute_attention()."
+                )
         if self.quantization.activations is None:
             return
         for name, product in self.products().items():

@@ -59,6 +59,12 @@ def products_of(layer: keras.layers.Layer) -> dict[str, Any]:
     return cls.products(layer) if hasattr(cls, "products") else {}
 
 
+def pairs_of(layer: keras.layers.Layer) -> dict[str, Any]:
+    """The products of two activations of a layer, quantized or not; {} for unknown classes."""
+    cls = _CLASSES.get(type(layer), type(layer))
+    return cls.pairs(layer) if hasattr(cls, "pairs") else {}
+
+
 def output_shape_of(layer: keras.layers.Layer) -> tuple[int | None, ...] | None:
     """Shape of what a layer with products returns; None where it does not say."""
     cls = _CLASSES.get(type(layer), type(layer))

@@ -33,6 +33,8 @@ def energy(
     Returns:
         The proxy, without data movement; None where a size is unknown.
     """
+    if quantization.matmuls is not None:
+        return _energy_of_pairs(layer, as_number(quantization.matmuls.bits), steps)
     if not kernels:
         return 0.0
     products = products_of(layer)
@@ -48,6 +50,12 @@ def energy(
     if None in costs or (steps is None and any(costs)):
         return None
     return sum(costs) * density * (steps or 1)
+
+
+def _energy_of_pairs(layer: Any, width: float, steps: int | None) -> float | None:
+    shapes = layer.pair_shapes()
+    counts = [pair.multiplications(*shapes[name]) for name, pair in layer.pairs().items()]
+    return None if None in (*counts, steps) else width * width * sum(counts) * steps
 
 
 def _cost(product: Product, bits: float, elements: int, *shapes: Any) -> float | None:

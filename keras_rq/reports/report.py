@@ -33,7 +33,7 @@ class Row:
         layer: name of its class.
         activation_bits: 1, 1.5, 2 ... 8, "fp4", or 32 for float; None if it multiplies no input.
             Of a width that is trained: what it takes now, until it has come down to its target.
-        weight_bits: likewise.
+        weight_bits: likewise; None for products of two activations.
         sparsity: fraction of kernel elements that the quantizer's pattern prunes.
         parameters: number of all weights.
         kernel_elements: those that are multiplied or looked up.
@@ -42,7 +42,8 @@ class Row:
         bits_per_element: stored bits of the kernels (codes, masks, scales, offsets) over their
             elements; None without kernels.
         energy: activation bits x weight bits x density x multiplications per sample: the proxy of
-            arXiv 2409.09245, without data movement. None where an output size is unknown.
+            arXiv 2409.09245, without data movement. None where an output size is unknown. Products
+            of two activations count where a policy quantizes them.
         sqnr_db: signal-to-quantization-noise ratio of the kernels in decibels; None in float.
         reason: why the layer stays in float, where it could be or was asked to be quantized.
     """
@@ -162,10 +163,18 @@ def report(model: keras.layers.Layer, kept: dict[int, str] | None = None) -> Rep
             f"Model {model.name!r} is not built. Call it on a batch of data, or "
             "model.build(input_shape), first."
         )
-    layers = [layer for layer in model._flatten_layers() if owns_weights(layer)]
-    steps = time_steps(model)
-    rows = [_row(layer, (kept or {}).get(id(layer)), steps.get(id(layer), 1)) for layer in layers]
+    kept, steps = kept or {}, time_steps(model)
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if owns_weights(layer) or id(layer) in kept or _matmuls_of(layer) is not None
+    ]
+    rows = [_row(layer, kept.get(id(layer)), steps.get(id(layer), 1)) for layer in layers]
     return Report(model.name, tuple(rows))
+
+
+def _matmuls_of(layer: keras.layers.Layer) -> Quantizer | None:
+    return layer.quantization.matmuls if isinstance(layer, QuantizedLayer) else None
 
 
 def _is_quantized(row: Row) -> bool:
@@ -190,11 +199,14 @@ def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Ro
     stored = sum(cost.nbytes for cost in costs)
     widths = _widths(layer)
     pattern = quantization.weights.pattern if quantization.weights else None
+    activations = widths.activations if _has_input(layer) else None
+    if quantization.matmuls is not None:
+        activations = quantization.matmuls.bits
     return Row(
         path=layer.path,
         layer=type(layer).__name__,
-        activation_bits=widths.activations if _has_input(layer) else None,
-        weight_bits=widths.weights,
+        activation_bits=activations,
+        weight_bits=widths.weights if quantization.matmuls is None else None,
         sparsity=1.0 - pattern.density if pattern else 0.0,
         parameters=parameters,
         kernel_elements=elements,
@@ -255,7 +267,7 @@ class _Widths(NamedTuple):
 
 def _widths(layer: keras.layers.Layer) -> _Widths:
     """What the operands of a layer take now: the most of all its kernels, 32 in float."""
-    if not isinstance(layer, QuantizedLayer):
+    if not isinstance(layer, QuantizedLayer) or not products_of(layer):
         return _Widths(_FLOAT_BITS, _FLOAT_BITS)
     pairs = [layer.bits_now(name) for name in products_of(layer)]
     found = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import keras
 
@@ -19,12 +19,14 @@ from keras_rq.layers.integer import reason_for_float
 from keras_rq.layers.products import Convolution
 from keras_rq.layers.registry import (
     owns_weights,
+    pairs_of,
     products_of,
     quantized_class,
     supported_layers,
 )
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
-from keras_rq.training import containers, guards, optimizers
+from keras_rq.quantizers import Quantizer
+from keras_rq.training import containers, guards, optimizers, unreached
 
 Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
 
@@ -70,6 +72,7 @@ def quantize(
             stacklevel=3,
         )
     _warn_of_float_products(plan)
+    _warn_of_flash_attention(plan)
     _carry_out(model, plan)
     return plan
 
@@ -90,6 +93,20 @@ def _warn_of_float_products(plan: Plan) -> None:
         )
 
 
+def _warn_of_flash_attention(plan: Plan) -> None:
+    paths = [
+        layer.path
+        for layer, quantization in plan.quantized
+        if quantization.matmuls is not None and getattr(layer, "_flash_attention", None)
+    ]
+    if paths:
+        warnings.warn(
+            "Flash attention fuses the products that `matmuls` quantizes, and is not used in "
+            f"{len(paths)} layers: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}.",
+            stacklevel=4,
+        )
+
+
 def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Filters) -> Plan:
     """Resolves a policy against a model and changes nothing."""
     _check_arguments(model, policy, filters)
@@ -97,12 +114,15 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
     _check_state(model, layers)
     plan, used, containers_of = Plan(), set(), containers_around(model)
     for layer in layers:
-        if not owns_weights(layer):
-            continue
         around = containers_of.get(id(layer), [])
-        rule = policy.rule_for(layer, around)
+        rule, quantization = policy.rule_for(layer, around), policy.resolve(layer, around)
+        if not owns_weights(layer):
+            if quantization.matmuls is not None or policy.matmuls is not None:
+                used.add(id(rule))
+                _plan_matmuls(plan, layer, quantization.matmuls, rule, filters)
+            continue
         used.add(id(rule))
-        quantization = policy.resolve(layer, around)
+        quantization = replace(quantization, matmuls=None)
         reason = _reason_for_float(layer, quantization, rule, filters) or _reason_around(
             [model, *around]
         )
@@ -113,6 +133,27 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
             plan.quantized.append((layer, quantization))
     plan.unused_rules = [rule for rule in policy.rules if id(rule) not in used]
     return plan
+
+
+def _plan_matmuls(
+    plan: Plan,
+    layer: keras.layers.Layer,
+    matmuls: Quantizer | None,
+    rule: Rule | None,
+    filters: Filters,
+) -> None:
+    """Decides on the products of activations of a layer without weights of its own."""
+    if not pairs_of(layer):
+        reason = None if matmuls is None else unreached.reason_for_float(layer)
+    elif matmuls is None:
+        reason = f"{rule or 'the policy'} leaves its products of activations in float"
+    elif not _passes(layer, filters):
+        reason = "excluded by `filters`"
+    else:
+        plan.quantized.append((layer, LayerQuantization(None, None, matmuls=matmuls)))
+        return
+    if reason is not None:
+        plan.kept.append((layer, reason))
 
 
 def containers_around(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:

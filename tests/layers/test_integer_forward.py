@@ -122,7 +122,7 @@ def test_it_is_saved_and_checked():
     policy = rq.QuantizationPolicy("A8W8", forward="int8")
     assert rq.QuantizationPolicy.from_config(policy.get_config()).forward == "int8"
     old = {**policy.get_config(), "version": 1}
-    del old["forward"]
+    del old["forward"], old["matmuls"]
     assert rq.QuantizationPolicy.from_config(old).forward is None
     for wrong in ("int4", True, 8):
         with pytest.raises(ValueError, match=r"`forward` must be None or 'int8'\. Received"):

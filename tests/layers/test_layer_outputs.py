@@ -32,6 +32,7 @@ from keras_rq.policy import LayerQuantization
 ROUNDING = 2e-6
 
 FLOAT = Scheme("float", None, None)
+ATTENTION = {layers.MultiHeadAttention, layers.GroupQueryAttention}
 RECURRENT = {layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell, ConvLSTMCell}
 
 
@@ -136,7 +137,8 @@ named = {"ids": lambda value: value.name.replace(" ", "-")}
 
 
 def test_every_supported_layer_has_a_case():
-    elsewhere = {layers.Embedding, *RECURRENT}  # here below, and in test_recurrent.py
+    # Here below, in test_recurrent.py and in test_matmuls.py.
+    elsewhere = {layers.Embedding, *RECURRENT, *ATTENTION}
     of_keras = {c for c in supported_layers() if c.__module__.startswith("keras.")}
     assert {case.keras_class for case in KINDS} | elsewhere == of_keras
 

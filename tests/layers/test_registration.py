@@ -14,7 +14,7 @@ import own_layers
 import pytest
 from gradients import BACKEND, compiled, relative_error, to_numpy, value_and_gradient
 from keras import layers, ops
-from layer_cases import Operand, quantized
+from layer_cases import KINDS, Operand, quantized
 
 import keras_rq as rq
 from keras_rq.layers import quantized_class, supported_layers
@@ -347,11 +347,10 @@ def test_a_class_may_be_registered_again():
 
 @pytest.mark.once
 def test_kernel_names_are_those_of_the_products():
-    for known in supported_layers():
-        cls = quantized_class(known)
-        if not known.__module__.startswith("keras."):
-            continue
-        assert isinstance(cls.kernel_names, tuple) and cls.kernel_names
+    for case in KINDS:
+        assert quantized_class(case.keras_class).kernel_names == tuple(products_of(case.make()))
+    for cls, names in ((layers.Embedding, 1), (layers.GRUCell, 2), (own_layers.LowRank, 3)):
+        assert len(quantized_class(cls).kernel_names) == names
 
 
 @pytest.mark.once

@@ -54,6 +54,37 @@ def quantize(
     return result
 
 
+def dequantize(model: keras.layers.Layer, *, baked: bool = False) -> keras.layers.Layer:
+    """Makes a quantized model a plain float model again, in place: the way back of `quantize`.
+
+    Layers keep their identity, names, place in the graph and variables, and an optimizer's state
+    stays valid. A file that is saved afterwards needs keras_rq no more.
+
+    Args:
+        model: a model (or layer) that `keras_rq.quantize` quantized.
+        baked: replace every kernel by its quantized value, so that a model of quantized weights
+            and float activations goes on computing what it computed. Otherwise kernels stay the
+            float ones that were trained.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if `model` is no Keras model or layer.
+        ValueError: if nothing in it is quantized.
+
+    Example:
+
+    >>> import keras, keras_rq as rq
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="d")])
+    >>> report = rq.quantize(model, rq.QuantizationPolicy("A4W1"), verbose=False)
+    >>> rq.report(rq.dequantize(model)).rows[0].weight_bits
+    32
+    """
+    surgery.dequantize(model, baked)
+    return model
+
+
 class _QuantizeDescriptor:
     """`keras.Model.quantize` that understands a `QuantizationPolicy` and delegates all else.
 

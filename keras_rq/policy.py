@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
 
@@ -44,6 +44,11 @@ class LayerQuantization:
     activations: Quantizer | None
     forward: str | None = None
     matmuls: Quantizer | None = None
+
+    @property
+    def without_input(self) -> LayerQuantization:
+        """The same for a layer that multiplies no input."""
+        return replace(self, activations=None)
 
     @property
     def label(self) -> str:

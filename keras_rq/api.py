@@ -10,7 +10,7 @@ import keras
 from keras_rq.layers.base import is_quantized
 from keras_rq.policy import QuantizationPolicy, is_shorthand
 from keras_rq.reports.report import Report, report
-from keras_rq.training import surgery
+from keras_rq.training import dequantization, surgery
 
 
 def quantize(
@@ -81,7 +81,7 @@ def dequantize(model: keras.layers.Layer, *, baked: bool = False) -> keras.layer
     >>> rq.report(rq.dequantize(model)).rows[0].weight_bits
     32
     """
-    surgery.dequantize(model, baked)
+    dequantization.dequantize(model, baked)
     return model
 
 

@@ -149,6 +149,11 @@ class QuantizedLayer:
             ),
         )
 
+    def dequantized_kernel(self, name: str, master: Any) -> Any:
+        """The quantized kernel itself, in float32 and not rotated."""
+        weights = self.quantization.weights
+        return weights.fake_quantize(master, self.products()[name].kernel_blocks(weights))
+
     def prepare_for_loop(self) -> None:
         """Quantizes the kernels in the trace around a loop that will multiply them."""
         if self.lowered is None:

@@ -216,14 +216,10 @@ class _OwnCall(QuantizedLayer):
 
     def kernel_in_call(self, name: str) -> Any:
         """What `call` gets where it reads the attribute of a kernel."""
-        weights, product = self.quantization.weights, self.products()[name]
-        if weights is None:
-            return ops.cast(self.float32_kernel(name), self.compute_dtype)
-        master = self.float32_kernel(name)
-        kernel = once_per_call(
-            (id(self), name, "unrotated"),
-            lambda: weights.fake_quantize(master, product.kernel_blocks(weights)),
-        )
+        kernel = master = self.float32_kernel(name)
+        if self.quantization.weights is not None:
+            key = (id(self), name, "unrotated")
+            kernel = once_per_call(key, lambda: self.dequantized_kernel(name, master))
         return ops.cast(kernel, self.compute_dtype)
 
     def float32_kernel(self, name: str) -> Any:

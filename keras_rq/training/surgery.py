@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_rq.layers.base import QuantizedLayer, is_quantized
 from keras_rq.layers.integer import reason_for_float
@@ -311,35 +309,6 @@ def _carry_out(model: keras.layers.Layer, plan: Plan) -> None:
         raise
     for layer in model._flatten_layers():
         forget_compiled_functions(layer)
-
-
-def dequantize(model: keras.layers.Layer, baked: bool) -> None:
-    """Gives the layers of a model their float classes back, in place; see `keras_rq.dequantize`."""
-    if not isinstance(model, keras.layers.Layer):
-        raise TypeError(f"`model` must be a Keras model or layer. Received: {model!r}")
-    quantized = quantized_layers(model)
-    if not quantized:
-        raise ValueError(f"Model {model.name!r} has no layer that keras_rq quantized.")
-    kernels = [baking for layer in quantized for baking in _bakings(layer)] if baked else []
-    for variable, value in kernels:
-        variable.assign(value)
-    for layer in model._flatten_layers():
-        containers.detach(layer)
-    for layer in model._flatten_layers():
-        forget_compiled_functions(layer)
-
-
-def _bakings(layer: QuantizedLayer) -> Iterator[tuple[keras.Variable, np.ndarray]]:
-    """Variables of kernels, and what they must hold for the kernels to be the quantized ones."""
-    quantizer = layer.quantization.weights
-    for name, product in layer.products().items() if quantizer is not None else ():
-        kernel = layer.float32_kernel(name)
-        value = quantizer.fake_quantize(kernel, product.kernel_blocks(quantizer))
-        variable = getattr(layer, name)
-        if not isinstance(variable, keras.Variable):  # with LoRA: the kernel is a sum
-            variable = getattr(layer, f"_{name}")
-            value = value + (ops.cast(variable, "float32") - kernel)
-        yield variable, ops.convert_to_numpy(value)
 
 
 def forget_compiled_functions(layer: keras.layers.Layer) -> None:

@@ -252,14 +252,15 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         """The quantizers of `layer`; both None where the policy leaves it in float."""
         rule = self.rule_for(layer, containers)
         if rule is None:
-            return LayerQuantization(self.weights, self.activations, self.forward, self.matmuls)
+            operands = self.weights, self.activations
+            return LayerQuantization(*operands, self.forward, matmuls=self.matmuls)
         if rule.skip:
             return LayerQuantization(None, None)
         return LayerQuantization(
             self.weights if rule.weights is ... else rule.weights,
             self.activations if rule.activations is ... else rule.activations,
             self.forward,
-            self.matmuls if rule.matmuls is ... else rule.matmuls,
+            matmuls=self.matmuls if rule.matmuls is ... else rule.matmuls,
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Train Keras models that survive 1-bit and sparse arithmetic, then run them as integers."""
 
 from keras_rq import callbacks, distillation, layers, ops, presets, quantizers
+from keras_rq.api import dequantize, quantize
 from keras_rq.api import install as _install
-from keras_rq.api import quantize
 from keras_rq.export.api import export
 from keras_rq.layers.registration import register_layer
 from keras_rq.policy import QuantizationPolicy, Rule
@@ -19,6 +19,7 @@ __all__ = [
     "Rule",
     "calibrate",
     "callbacks",
+    "dequantize",
     "distillation",
     "export",
     "layers",

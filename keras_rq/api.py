@@ -11,7 +11,7 @@ from keras_rq.layers.base import is_quantized
 from keras_rq.policy import QuantizationPolicy
 from keras_rq.reports.report import Report, report
 from keras_rq.shorthand import is_shorthand
-from keras_rq.training import surgery
+from keras_rq.training import dequantization, surgery
 
 
 def quantize(
@@ -57,6 +57,37 @@ def quantize(
     if verbose:
         print(result.summary())
     return result
+
+
+def dequantize(model: keras.layers.Layer, *, baked: bool = False) -> keras.layers.Layer:
+    """Makes a quantized model a plain float model again, in place: the way back of `quantize`.
+
+    Layers keep their identity, names, place in the graph and variables, and an optimizer's state
+    stays valid. A file that is saved afterwards needs keras_rq no more.
+
+    Args:
+        model: a model (or layer) that `keras_rq.quantize` quantized.
+        baked: replace every kernel by its quantized value, so that a model of quantized weights
+            and float activations goes on computing what it computed. Otherwise kernels stay the
+            float ones that were trained.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if `model` is no Keras model or layer.
+        ValueError: if nothing in it is quantized.
+
+    Example:
+
+    >>> import keras, keras_rq as rq
+    >>> model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="d")])
+    >>> report = rq.quantize(model, rq.QuantizationPolicy("A4W1"), verbose=False)
+    >>> rq.report(rq.dequantize(model)).rows[0].weight_bits
+    32
+    """
+    dequantization.dequantize(model, baked)
+    return model
 
 
 class _QuantizeDescriptor:

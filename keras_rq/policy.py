@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import EllipsisType
 from typing import Any
 
@@ -36,6 +36,11 @@ class LayerQuantization:
     forward: str | None = None
     matmuls: Quantizer | None = None
     is_calibrated: bool = False
+
+    @property
+    def without_input(self) -> LayerQuantization:
+        """The same for a layer that multiplies no input."""
+        return replace(self, activations=None)
 
     @property
     def label(self) -> str:
@@ -243,14 +248,15 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         """The quantizers of `layer`; both None where the policy leaves it in float."""
         rule = self.rule_for(layer, containers)
         if rule is None:
-            return LayerQuantization(self.weights, self.activations, self.forward, self.matmuls)
+            operands = self.weights, self.activations
+            return LayerQuantization(*operands, self.forward, matmuls=self.matmuls)
         if rule.skip:
             return LayerQuantization(None, None)
         return LayerQuantization(
             self.weights if rule.weights is ... else rule.weights,
             self.activations if rule.activations is ... else rule.activations,
             self.forward,
-            self.matmuls if rule.matmuls is ... else rule.matmuls,
+            matmuls=self.matmuls if rule.matmuls is ... else rule.matmuls,
         )
 
     def get_config(self) -> dict[str, Any]:

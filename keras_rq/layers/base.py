@@ -54,6 +54,7 @@ class QuantizedLayer:
         """Undoes `take_quantization`, before the layer gets its Keras class back."""
         parameters.release(self)
         self.__dict__.pop("quantization", None)
+        self.__dict__.pop("_rq_number", None)  # of `make_known`
 
     def _post_build(self) -> None:
         parameters.create(self)
@@ -84,6 +85,15 @@ class QuantizedLayer:
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "quantization": self.quantization.get_config()}
+
+    def count_params(self) -> int:
+        return LabelledCount(super().count_params(), self.label)
+
+    @property
+    def label(self) -> str:
+        """What is quantized, in short: "A4W1", "W4" or "M8"."""
+        has_input = any(product.input_axes for product in self.products().values())
+        return (self.quantization if has_input else self.quantization.without_input).label
 
     # What a subclass is.
 
@@ -200,6 +210,12 @@ class QuantizedLayer:
             lambda: weights.fake_quantize(master, blocks, given, unrotate=unrotate),
         )
 
+    def dequantized_kernel(self, name: str, master: Any) -> Any:
+        """The quantized kernel itself, in float32 and not rotated."""
+        weights = self.quantization.weights
+        blocks = self.products()[name].kernel_blocks(weights)
+        return weights.fake_quantize(master, blocks, self.kernel_parameters(name))
+
     def kernel_parameters(self, name: str) -> dict[str, Any]:
         """Values of the variables that the quantizer of the kernel `name` has, by name."""
         of = parameters.of_kernel(self, name)
@@ -300,6 +316,23 @@ class QuantizedLayer:
                 bias = ops.reshape(bias, shape)
             outputs = ops.add(outputs, bias)
         return outputs if self.activation is None else self.activation(outputs)
+
+
+class LabelledCount(int):
+    """A number of parameters that `model.summary()` prints with the bit widths behind it.
+
+    Keras prints the class of each layer, which must keep the name of the Keras class (it is part of
+    the path of every weight in a file), its shape and this number, by the format ",".
+    """
+
+    def __new__(cls, count: int, label: str) -> LabelledCount:
+        made = super().__new__(cls, count)
+        made.label = label
+        return made
+
+    def __format__(self, spec: str) -> str:
+        text = format(int(self), spec)
+        return f"{text} {self.label}" if spec == "," else text
 
 
 def is_quantized(layer: keras.layers.Layer) -> bool:

@@ -16,6 +16,7 @@ from keras.src.backend.common import global_state
 from keras_rq.layers.base import QuantizedLayer, is_quantized
 from keras_rq.layers.products import Einsum, KernelOnly, MatMul, Product
 from keras_rq.layers.registry import (
+    float_class,
     products_of,
     quantized_class,
     quantizes,
@@ -177,8 +178,6 @@ def _running() -> dict[int, _Reads]:
 class _OwnCall(QuantizedLayer):
     """A quantized layer that runs the `call` of the class it was made from."""
 
-    _rq_class: type
-
     def call(self, *args: Any, **kwargs: Any) -> Any:
         running = _running()
         outer, reads = running.get(id(self)), _Reads()
@@ -217,14 +216,10 @@ class _OwnCall(QuantizedLayer):
 
     def kernel_in_call(self, name: str) -> Any:
         """What `call` gets where it reads the attribute of a kernel."""
-        weights, product = self.quantization.weights, self.products()[name]
-        if weights is None:
-            return ops.cast(self.float32_kernel(name), self.compute_dtype)
-        master = self.float32_kernel(name)
-        kernel = once_per_call(
-            (id(self), name, "unrotated"),
-            lambda: weights.fake_quantize(master, product.kernel_blocks(weights)),
-        )
+        kernel = master = self.float32_kernel(name)
+        if self.quantization.weights is not None:
+            key = (id(self), name, "unrotated")
+            kernel = once_per_call(key, lambda: self.dequantized_kernel(name, master))
         return ops.cast(kernel, self.compute_dtype)
 
     def float32_kernel(self, name: str) -> Any:
@@ -233,7 +228,7 @@ class _OwnCall(QuantizedLayer):
 
     def get_config(self) -> dict[str, Any]:
         cls = type(self)
-        _become(self, cls._rq_class)
+        _become(self, float_class(cls))
         try:
             config = self.get_config()
         finally:
@@ -244,7 +239,7 @@ class _OwnCall(QuantizedLayer):
     def from_config(cls, config: dict[str, Any]) -> keras.layers.Layer:
         config = dict(config)
         quantization = LayerQuantization.from_config(config.pop("quantization"))
-        layer = cls._rq_class.from_config(config)
+        layer = float_class(cls).from_config(config)
         _become(layer, cls)
         layer.take_quantization(quantization)
         return layer
@@ -291,7 +286,7 @@ def _define(original: type, bases: tuple[type, ...], body: dict[str, Any]) -> No
     # Keras asks for the signature, which is that of the user's `call`.
     call = functools.wraps(original.call)(lambda self, *a, **k: _OwnCall.call(self, *a, **k))
     kernels = {name: _Kernel(original, name) for name in body["kernel_names"]}
-    body = {"__module__": __name__, "_rq_class": original, "call": call, **kernels, **body}
+    body = {"__module__": __name__, "call": call, **kernels, **body}
     # Two packages may have classes of one name.
     name = f"Quantized{keras.saving.get_registered_name(original)}"
     quantizes(original)(type(name, (_OwnCall, original, *bases), body))

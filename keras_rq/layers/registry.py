@@ -21,6 +21,7 @@ def quantizes(keras_class: type):
     def register(cls: type) -> type:
         keras.saving.register_keras_serializable("keras_rq", cls.__name__)(cls)
         cls.__name__ = keras_class.__name__
+        cls._rq_keras_class = keras_class
         _CLASSES[keras_class] = cls
         return cls
 
@@ -45,6 +46,11 @@ def container_mixins(keras_class: type) -> tuple[type, ...]:
 def quantized_class(keras_class: type) -> type | None:
     """The quantized counterpart of exactly this Keras class."""
     return _CLASSES.get(keras_class)
+
+
+def float_class(cls: type) -> type:
+    """The Keras class of which `cls` is the quantized counterpart."""
+    return cls._rq_keras_class
 
 
 def supported_layers() -> list[type]:

@@ -13,8 +13,8 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional
 
-from keras_rq.layers.base import QuantizedLayer
-from keras_rq.layers.registry import container_mixins, quantized_class
+from keras_rq.layers.base import LabelledCount, QuantizedLayer
+from keras_rq.layers.registry import container_mixins, float_class, quantized_class
 from keras_rq.policy import LayerQuantization
 
 _PACKAGE = "keras_rq"
@@ -64,8 +64,23 @@ def attach(layer: keras.layers.Layer, quantization: LayerQuantization) -> None:
     layer.take_quantization(quantization)
 
 
+def detach(layer: keras.layers.Layer) -> None:
+    """Undoes `enclose` and `attach`: the layer gets the class back that it had in float."""
+    if isinstance(layer, _Envelope):
+        swap_class(layer, type(layer)._rq_original)
+    if isinstance(layer, QuantizedLayer):
+        layer.drop_quantization()
+        swap_class(layer, float_class(type(layer)))
+
+
 class _Envelope:
     """Mix-in of all envelope classes."""
+
+    def count_params(self) -> int:
+        inside = [
+            one.label for one in (self, *descendants(self)) if isinstance(one, QuantizedLayer)
+        ]
+        return LabelledCount(int(super().count_params()), "/".join(dict.fromkeys(inside)))
 
     def get_config(self) -> dict[str, Any]:
         envelope = type(self)

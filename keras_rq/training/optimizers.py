@@ -1,14 +1,15 @@
-"""Optimizers of a model that has got new variables."""
+"""Optimizers of a model whose variables have become others."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import keras
 
 
-def renewed(model: keras.Model) -> Any:
+def renewed(model: keras.Model, dropped: Collection[Any] = ()) -> Any:
     """An optimizer for the variables that a model has now, if the one it has knows other ones.
 
     A new object of the same configuration: Keras optimizers know the variables that they were
@@ -17,6 +18,7 @@ def renewed(model: keras.Model) -> Any:
 
     Args:
         model: a compiled model, or one that was never compiled.
+        dropped: variables that it had until now.
 
     Returns:
         The new optimizer, or None where the model needs none.
@@ -25,7 +27,8 @@ def renewed(model: keras.Model) -> Any:
     if old is None or not old.built:
         return None
     known = {id(variable) for variable in _inner(old)._trainable_variables}
-    if known.issuperset(id(variable) for variable in model.trainable_variables):
+    wanted = {id(variable) for variable in model.trainable_variables}
+    if wanted <= known and known.isdisjoint(id(variable) for variable in dropped):
         return None
     new = type(old).from_config(old.get_config())
     new.build(model.trainable_variables)
@@ -36,7 +39,7 @@ def renewed(model: keras.Model) -> Any:
             for variable, source in zip(variables, sources, strict=True):
                 variable.assign(source)
     warnings.warn(
-        f"Model {model.name!r} has new variables to train, so it has got a new optimizer of the "
+        f"Model {model.name!r} has other variables to train, so it has got a new optimizer of the "
         f"same configuration ({type(new).__name__}). What the old one remembered of the other "
         "variables is kept; `model.optimizer` is another object.",
         stacklevel=5,

@@ -270,7 +270,9 @@ def _resolve(
     current = [layer.quantization for layer in layers]
     for start, stage in stages.items():
         current = [
-            _apply(stage, layer, outer, quantization) if is_in else quantization
+            _checked(layer, quantization, _apply(stage, layer, outer, quantization))
+            if is_in
+            else quantization
             for layer, outer, is_in, quantization in zip(
                 layers, around, matched, current, strict=True
             )
@@ -287,7 +289,7 @@ def _apply(
     if stage is None:
         return _FLOAT
     if isinstance(stage, QuantizationPolicy):
-        after = stage.resolve(layer, around)
+        after = surgery.suited(layer, stage.resolve(layer, around))
     else:
         try:
             changed = {
@@ -299,6 +301,21 @@ def _apply(
         after = replace(before, **changed)
     surgery.check_fit(layer, after)
     return after
+
+
+def _checked(
+    layer: QuantizedLayer, before: LayerQuantization, after: LayerQuantization
+) -> LayerQuantization:
+    """Raises where a change would need variables that the layer has or lacks."""
+    for operand in _OPERANDS:
+        change = getattr(before, operand), getattr(after, operand)
+        if change[0] != change[1] and any(q is not None and q.has_parameters for q in change):
+            raise ValueError(
+                f"Layer {layer.path!r}: the quantizer of its {operand} cannot become another one "
+                f"while `fit` runs, because one of them has variables: {change[0]!r}, then "
+                f"{change[1]!r}. Leave the layer out with `match=`."
+            )
+    return replace(after, is_calibrated=before.is_calibrated)
 
 
 def _replaced(quantizer: Quantizer | None, fields: dict[str, Any]) -> Quantizer | None:

@@ -25,7 +25,6 @@ from keras_rq.layers.registry import (
     supported_layers,
 )
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
-from keras_rq.quantizers import Quantizer
 from keras_rq.training import containers, guards, optimizers, unreached
 
 Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
@@ -119,10 +118,10 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
         if not owns_weights(layer):
             if quantization.matmuls is not None or policy.matmuls is not None:
                 used.add(id(rule))
-                _plan_matmuls(plan, layer, quantization.matmuls, rule, filters)
+                _plan_matmuls(plan, layer, quantization, rule, filters)
             continue
         used.add(id(rule))
-        quantization = replace(quantization, matmuls=None)
+        quantization = suited(layer, quantization)
         reason = _reason_for_float(layer, quantization, rule, filters) or _reason_around(
             [model, *around]
         )
@@ -138,22 +137,29 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
 def _plan_matmuls(
     plan: Plan,
     layer: keras.layers.Layer,
-    matmuls: Quantizer | None,
+    quantization: LayerQuantization,
     rule: Rule | None,
     filters: Filters,
 ) -> None:
     """Decides on the products of activations of a layer without weights of its own."""
     if not pairs_of(layer):
-        reason = None if matmuls is None else unreached.reason_for_float(layer)
-    elif matmuls is None:
+        reason = None if quantization.matmuls is None else unreached.reason_for_float(layer)
+    elif quantization.matmuls is None:
         reason = f"{rule or 'the policy'} leaves its products of activations in float"
     elif not _passes(layer, filters):
         reason = "excluded by `filters`"
     else:
-        plan.quantized.append((layer, LayerQuantization(None, None, matmuls=matmuls)))
+        plan.quantized.append((layer, suited(layer, quantization)))
         return
     if reason is not None:
         plan.kept.append((layer, reason))
+
+
+def suited(layer: keras.layers.Layer, quantization: LayerQuantization) -> LayerQuantization:
+    """What of a quantization a layer can use: that of kernels, or of products of activations."""
+    if pairs_of(layer):
+        return LayerQuantization(None, None, matmuls=quantization.matmuls)
+    return replace(quantization, matmuls=None)
 
 
 def containers_around(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:

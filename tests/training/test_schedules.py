@@ -271,6 +271,11 @@ def test_errors_name_argument_value_and_choices(make_schedule: Any, error: type,
             ["Stage 7", "'bit'", "'bits'"],
         ),
         ("W8", GradualBits(activations={7: 4}), ["Stage 7", "'bits'", "activations"]),
+        (
+            rq.QuantizationPolicy(weights=rq.quantizers.LearnedStep(4)),
+            GradualBits(weights={7: 2}),
+            ["in/first", "variables", "match="],
+        ),
     ],
 )
 def test_what_a_model_cannot_have_is_told_before_training(

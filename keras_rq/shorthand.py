@@ -45,7 +45,7 @@ Recipe = Callable[[Wanted], Quantizer]
 
 # At one bit, gradients stop at elements that lie farther beyond a level than 0.6 of half a step.
 # nanoGPT on Shakespeare, 2,000 steps, accuracy with the mask on both operands: 0.513, with 1.0 for
-# 0.6: 0.506; on activations alone 0.485, on weights alone 0.431 (`benchmarks/results/nanogpt.json`).
+# 0.6: 0.506; on activations alone 0.485, on weights alone 0.431 (`results/nanogpt.json`).
 _TRUST_OF_ONE_BIT = 0.6
 
 

@@ -88,8 +88,10 @@ class QuantizedSimpleRNNCell(_Cell, keras.layers.SimpleRNNCell):
 
     def call(self, sequence: Any, states: Any, training: bool = False) -> Any:
         state = states[0] if isinstance(states, (list, tuple)) else states
-        # Keras makes the masks in inference too, which moves its random state.
-        masks = self.get_dropout_mask(sequence), self.get_recurrent_dropout_mask(state)
+        masks = None, None
+        if self.lowered is None:
+            # Keras makes the masks in inference too, which moves its random state.
+            masks = self.get_dropout_mask(sequence), self.get_recurrent_dropout_mask(state)
         masks = masks if training else (None, None)
         outputs = self.multiply_gates("kernel", sequence, masks[0])
         if self.bias is not None:
@@ -216,9 +218,16 @@ class LoopOverCell:
             return super().inner_loop(sequences, initial_state, mask, training)
 
     def _prepare_kernels(self) -> None:
-        for layer in self.cell._flatten_layers():
-            if is_quantized(layer):
-                layer.prepare_for_loop()
+        for layer in self._quantized_inside():
+            layer.prepare_for_loop()
+
+    def _maybe_config_dropout_masks(self, cell: Any, *args: Any) -> None:
+        # In a file nothing is dropped, and there is no place for a random state.
+        if all(layer.lowered is None for layer in self._quantized_inside()):
+            super()._maybe_config_dropout_masks(cell, *args)
+
+    def _quantized_inside(self) -> list[QuantizedLayer]:
+        return [layer for layer in self.cell._flatten_layers() if is_quantized(layer)]
 
 
 def steps_of(container: keras.layers.Layer) -> int | None:

@@ -417,7 +417,8 @@ def test_a_class_of_the_running_script_is_no_matter_here(tmp_path: Path):
 def test_products_inside_loops_run_in_float_and_are_named(unroll: bool, tmp_path: Path):
     if unroll and BACKEND != "tensorflow":
         pytest.skip("the converting process sees the same layers")
-    recurrent = layers.Bidirectional(layers.GRU(4, unroll=unroll), name="both")
+    gru = layers.GRU(4, unroll=unroll, dropout=0.2, recurrent_dropout=0.2)
+    recurrent = layers.Bidirectional(gru, name="both")
     inputs = keras.Input((5, 8), name="x")
     model = keras.Model({"x": inputs}, layers.Dense(3)(recurrent(inputs)))
     model.quantize(rq.QuantizationPolicy("A8W4"), verbose=False)

@@ -42,7 +42,10 @@ def test_n_of_every_m_survive(
     lines = reference.to_lines(mask, axes)
     for start in range(0, lines.shape[1], m):
         group = lines[:, start : start + m]
-        assert (group.sum(axis=1) == min(n, group.shape[1])).all()
+        kept, most = group.sum(axis=1), min(n, group.shape[1])
+        # At an odd end one pair has a single element, which counts as a pair where it is kept.
+        is_odd = paired and group.shape[1] % 2 == 1
+        assert ((kept == most) | (is_odd & (kept == most - 1))).all()
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.5, 0.9, 0.999])

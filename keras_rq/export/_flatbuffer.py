@@ -1,6 +1,6 @@
 """Patching a TFLite flatbuffer: float weights of known products become packed integers.
 
-`_litert_graph.convert` hands the weights of every product to the converter as *inputs* of the
+`_litert_convert.convert` hands the weights of every product to the converter as *inputs* of the
 graph. A graph input cannot be folded, fused, transposed away or merged with an equal constant,
 and it keeps its name, so here each weight is found by name, with certainty, and replaced by a
 constant of the type we want.

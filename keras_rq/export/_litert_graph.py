@@ -10,8 +10,8 @@ point 0, exactly, when the smallest value it sees is -128 and the largest is 127
 result. What comes out is `float32(int32 accumulator) * scale`, bit for bit.
 
 `IntegerGraph` emits such products as plain TensorFlow operations while a function is being
-traced and keeps a record of each weight; `convert` turns the traced function into a TFLite file
-and swaps the weights for packed integers.
+traced and keeps a record of each weight; `_litert_convert.convert` turns the traced function into
+a TFLite file and swaps the weights for packed integers.
 
 What is exact where (LiteRT 2.3.0 on x86, random codes that include the extremes):
 
@@ -30,45 +30,33 @@ Above 2**24 an accumulator rounds once, when it becomes float32.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from keras_rq.export._flatbuffer import Signature, WeightPatch, patch_weights
+from keras_rq.export._flatbuffer import WeightPatch
+from keras_rq.export._litert_checks import (
+    along,
+    check_accumulator,
+    check_codes,
+    checked,
+    per_channel,
+    revived,
+    static_shape,
+    storage_bits,
+)
+from keras_rq.export._litert_windows import Window, concat, resize
 from keras_rq.export.interpreter import require
 
 _PINS = (-128.0, 127.0)
-_LARGEST_CODE = 128  # of an activation, by magnitude
 _ALIGNMENT = 8  # XNNPACK leaves alone INT4 with odd K, and INT2 with K not a multiple of 4.
-_MAX_CONCAT = 5  # as many tensors as XNNPACK concatenates at a time
 _SMALL_CONSTANT = 128  # elements; the operators that compute a larger one take less space
-_STORED_RANGE = {2: (-2, 1), 4: (-8, 7), 8: (-128, 127)}
 # Some XNNPACK kernels hold a sub-byte weight in the high bits of its byte. That multiplies the
 # accumulator by this much until the very end.
 _KERNEL_GAIN = {2: 64, 4: 16, 8: 1}
-
-
-def storage_bits(codes: np.ndarray, bits: float) -> int:
-    """Returns the width, 2, 4 or 8, that weight codes of nominally `bits` bits are stored in.
-
-    The narrowest type that is allowed for `bits` *and* holds all the codes wins: up to 2 bits
-    may use INT2 (-2..1), up to 4 bits INT4 (-8..7), anything INT8. So {-1, 1}, {0, 1} and
-    ternary codes take 2 bits, and the 2-bit codes {-1, 0, 1, 2} take 4, because INT2 has no 2.
-    The width is never narrower than `bits`: the codes of an 8-bit layer may happen to be small
-    today, but its file should not change its kernels after the next epoch.
-    """
-    low, high = int(codes.min()), int(codes.max())
-    for width, (smallest, largest) in _STORED_RANGE.items():
-        if bits <= width and smallest <= low and high <= largest:
-            return width
-    raise ValueError(
-        f"Weight codes must lie within -128..127, and `bits` must be at most 8. "
-        f"Received: codes from {low} to {high}, bits={bits}."
-    )
 
 
 class IntegerGraph:
@@ -114,6 +102,7 @@ class IntegerGraph:
         optimize: `"size"` or `"latency"`.
 
     Attributes:
+        key: what the names of all its weights begin with while they are traced.
         patches: one `WeightPatch` per emitted product or constant: what it computes in (its
             `kernel`) and how its weight is stored (`storage`).
     """
@@ -125,7 +114,7 @@ class IntegerGraph:
             )
         self.optimize = optimize
         self.patches: list[WeightPatch] = []
-        self._key = f"keras_rq_weight_{uuid.uuid4().hex[:8]}"
+        self.key = f"keras_rq_weight_{uuid.uuid4().hex[:8]}"
 
     def matmul(
         self, codes: Any, weight: np.ndarray, scale: np.ndarray, bits: float, name: str
@@ -144,8 +133,8 @@ class IntegerGraph:
             float32 tensor of shape `(..., N)`: `float32(int32(codes @ weight)) * scale`.
         """
         tf = require("tensorflow")
-        weight, scale = _checked(weight, scale, 2, name)
-        shape = _static_shape(codes, name)
+        weight, scale = checked(weight, scale, 2, name)
+        shape = static_shape(codes, name)
         if shape[-1] != weight.shape[0]:
             raise ValueError(
                 f"The last axis of `codes` must match the first axis of `weight` in {name!r}. "
@@ -183,8 +172,8 @@ class IntegerGraph:
             float32 tensor `float32(int32(convolution)) * scale`.
         """
         tf = require("tensorflow")
-        weight, scale = _checked(weight, scale, 4, name)
-        window = _Window(_static_shape(codes, name), weight.shape, strides, dilation, name)
+        weight, scale = checked(weight, scale, 4, name)
+        window = Window(static_shape(codes, name), weight.shape, strides, dilation, name)
         pointwise = window.kernel == (1, 1)
         narrow = storage_bits(weight, bits) < 8
         if narrow and (pointwise or self.optimize == "size"):
@@ -235,10 +224,10 @@ class IntegerGraph:
             float32 tensor `float32(int32(convolution)) * scale`.
         """
         tf = require("tensorflow")
-        weight, scale = _checked(weight, scale, 4, name, channel_axes=2)
-        window = _Window(_static_shape(codes, name), weight.shape, strides, dilation, name)
+        weight, scale = checked(weight, scale, 4, name, channel_axes=2)
+        window = Window(static_shape(codes, name), weight.shape, strides, dilation, name)
         storage_bits(weight, bits)  # Only for its complaints.
-        _check_accumulator(weight, (0, 1), 1, 2**24, name)
+        check_accumulator(weight, (0, 1), 1, 2**24, name)
         marked = self._mark(
             weight, np.ones(1, np.float32), 8, 0, "DEPTHWISE_CONV_2D", name, kernel="float"
         )
@@ -297,16 +286,16 @@ class IntegerGraph:
                 f"weight_codes of shape {codes.shape}."
             )
         axis %= codes.ndim
-        _check_codes(codes, codes.ndim, name)
+        check_codes(codes, codes.ndim, name)
         channels = codes.shape[axis]
-        codes, scale = _revived(codes, _per_channel(scale, channels, "scale", name), axis, name)
+        codes, scale = revived(codes, per_channel(scale, channels, "scale", name), axis, name)
         width = storage_bits(codes, bits)
         width = 8 if self.optimize == "latency" else width
         weight = self._mark(codes, scale, width, axis, "DEQUANTIZE", name, kernel="float")
         if offset is None or not np.any(offset):
             return weight
-        offset = _per_channel(offset, channels, "offset", name)
-        return weight + offset.reshape(_along(codes, axis))
+        offset = per_channel(offset, channels, "offset", name)
+        return weight + offset.reshape(along(codes, axis))
 
     def _fully_connected(
         self,
@@ -319,15 +308,15 @@ class IntegerGraph:
         """Multiplies the rows made of `columns`, side by side, by a matrix (K, N)."""
         tf = require("tensorflow")
         width = storage_bits(weight, bits)
-        _check_accumulator(weight, (0,), _KERNEL_GAIN[width], 2**31, name)
+        check_accumulator(weight, (0,), _KERNEL_GAIN[width], 2**31, name)
         extra = 2 + -(weight.shape[0] + 2) % _ALIGNMENT
-        pinned = _concat([*columns, _pins(columns[0], (columns[0].shape[0], extra))])
+        pinned = concat([*columns, _pins(columns[0], (columns[0].shape[0], extra))])
         stored = np.pad(weight.T, ((0, 0), (0, extra)))
         marked = self._mark(stored, scale, width, 0, "FULLY_CONNECTED", name)
         return tf.matmul(pinned, marked, transpose_b=True)
 
     def _convolution(
-        self, codes: Any, weight: np.ndarray, scale: np.ndarray, window: _Window, name: str
+        self, codes: Any, weight: np.ndarray, scale: np.ndarray, window: Window, name: str
     ) -> Any:
         """Emits a CONV_2D with INT8 weights.
 
@@ -335,13 +324,13 @@ class IntegerGraph:
         below the image, not more channels in every pixel. Outputs that see that row are cut off.
         """
         tf = require("tensorflow")
-        _check_accumulator(weight, (0, 1, 2), _KERNEL_GAIN[8], 2**31, name)
+        check_accumulator(weight, (0, 1, 2), _KERNEL_GAIN[8], 2**31, name)
         batch, _, width, channels = codes.shape
         rows = 1 if width * channels > 1 else 2
         pinned = tf.concat([codes, _pins(codes, (batch, rows, width, channels))], axis=1)
         marked = self._mark(weight, scale, 8, 3, "CONV_2D", name)
         result = tf.nn.conv2d(pinned, marked, window.strides, "VALID", dilations=window.dilation)
-        return _resize(result, 1, window.output_shape[1])
+        return resize(result, 1, window.output_shape[1])
 
     def _mark(
         self,
@@ -355,185 +344,11 @@ class IntegerGraph:
     ) -> Any:
         """Emits a weight under a name that `convert` recognizes, and records it."""
         tf = require("tensorflow")
-        marker = f"{self._key}_{len(self.patches)}"
+        marker = f"{self.key}_{len(self.patches)}"
         codes = np.ascontiguousarray(codes, np.int8)
         self.patches.append(WeightPatch(marker, name, op, kernel, codes, scale, axis, bits))
-        values = codes * scale.reshape(_along(codes, axis) if scale.size > 1 else ())
+        values = codes * scale.reshape(along(codes, axis) if scale.size > 1 else ())
         return tf.constant(values, tf.float32, name=marker)
-
-
-class _Window:
-    """Which pixels a convolution with VALID padding sees."""
-
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        weight_shape: tuple[int, ...],
-        strides: int | tuple[int, int],
-        dilation: int | tuple[int, int],
-        name: str,
-    ):
-        if len(shape) != 4 or shape[3] != weight_shape[2]:
-            raise ValueError(
-                f"`codes` of {name!r} must have the shape (batch, height, width, "
-                f"{weight_shape[2]}), for a weight of shape {weight_shape}. Received: {shape}."
-            )
-        self.kernel = weight_shape[:2]
-        self.strides = _pair(strides, "strides", name)
-        self.dilation = _pair(dilation, "dilation", name)
-        reach = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
-        if reach[0] > shape[1] or reach[1] > shape[2]:
-            raise ValueError(
-                f"The kernel of {name!r} reaches over {tuple(reach)} pixels, but `codes` has "
-                f"only {shape[1:3]}. Pad `codes` first: padding is always VALID here."
-            )
-        height = (shape[1] - reach[0]) // self.strides[0] + 1
-        self.output_shape = (shape[0], height, (shape[2] - reach[1]) // self.strides[1] + 1)
-
-    def columns(self, codes: Any) -> list[Any]:
-        """Returns, as parts to be put side by side, the pixels that each kernel position meets.
-
-        Gathers along the width first and then along the height, so a 3x3 kernel takes 3 + 3
-        slices, not 9.
-        """
-        tf = require("tensorflow")
-        starts = [range(0, k * d, d) for k, d in zip(self.kernel, self.dilation, strict=True)]
-        _, height, width = self.output_shape
-        across = _strided_slices(codes, 2, starts[1], width, self.strides[1])
-        down = _strided_slices(_concat(across), 1, starts[0], height, self.strides[0])
-        return [tf.reshape(part, (-1, part.shape[-1])) for part in down]
-
-
-def _strided_slices(
-    tensor: Any, axis: int, starts: Sequence[int], count: int, stride: int
-) -> list[Any]:
-    """Returns `tensor[start : start + count * stride : stride]` along `axis`, for each start.
-
-    XNNPACK has no strided slice, and one left to TFLite splits the delegated region in two. It
-    does have reshapes and plain slices: with the axis split into (blocks, stride), one residue
-    is a plain slice.
-    """
-    tf = require("tensorflow")
-    shape = tensor.shape.as_list()
-    blocks = max(starts) // stride + count
-    tensor = _resize(tensor, axis, blocks * stride)
-    before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
-    target = (*shape[:axis], count, *shape[axis + 1 :])
-    grid = tf.reshape(tensor, (before, blocks, stride, after))
-    return [
-        tf.reshape(
-            tf.slice(grid, (0, start // stride, start % stride, 0), (before, count, 1, after)),
-            target,
-        )
-        for start in starts
-    ]
-
-
-def _resize(tensor: Any, axis: int, size: int) -> Any:
-    """Cuts an axis to `size`, or fills it up with zeros that no kernel position meets."""
-    tf = require("tensorflow")
-    shape = tensor.shape.as_list()
-    if shape[axis] > size:
-        shape[axis] = size
-        return tf.slice(tensor, (0,) * len(shape), shape)
-    if shape[axis] < size:
-        return tf.pad(tensor, [(0, size - n if i == axis else 0) for i, n in enumerate(shape)])
-    return tensor
-
-
-def _concat(parts: Sequence[Any]) -> Any:
-    """Joins along the last axis. XNNPACK concatenates at most five tensors at a time."""
-    tf = require("tensorflow")
-    parts = list(parts)
-    while len(parts) > _MAX_CONCAT:
-        parts[-_MAX_CONCAT:] = [tf.concat(parts[-_MAX_CONCAT:], axis=-1)]
-    return tf.concat(parts, axis=-1) if len(parts) > 1 else parts[0]
-
-
-def convert(graph: IntegerGraph, concrete_function: Any) -> bytes:
-    """Converts a traced function to a TFLite file with integer weights.
-
-    The file has a default signature with the names of the function's arguments and, if it
-    returns a dictionary, of its results.
-
-    Args:
-        graph: the `IntegerGraph` that was used while tracing.
-        concrete_function: what `tf.function.get_concrete_function` returned.
-
-    Returns:
-        The bytes of the TFLite file.
-
-    Raises:
-        ValueError: if the weight of a recorded product is missing, or does not feed the operator
-            it is meant for. Nothing falls back to float silently.
-    """
-    tf = require("tensorflow")
-    function, signature = _lift_weights(graph, concrete_function)
-    with _quiet():
-        converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
-        buffer = converter.convert()
-    return patch_weights(buffer, graph.patches, signature)
-
-
-def _lift_weights(graph: IntegerGraph, concrete_function: Any) -> tuple[Any, Signature]:
-    """Returns the function with every recorded weight as an additional input.
-
-    What the converter sees as an input it cannot fold into a neighbouring multiplication, or
-    merge with an equal constant, and it keeps its name.
-    """
-    tf = require("tensorflow")
-    freezing = require("tensorflow.python.framework.convert_to_constants")
-    frozen = freezing.convert_variables_to_constants_v2(concrete_function, lower_control_flow=False)
-    definition = frozen.graph.as_graph_def()
-    markers = [_lift(node) for node in definition.node if _is_marker(node, graph)]
-    found = {marker.rpartition("/")[2] for marker in markers}
-    missing = [patch.name for patch in graph.patches if patch.marker not in found]
-    if missing:
-        raise ValueError(
-            f"The weights of {missing} are not in the traced function. Use one IntegerGraph for "
-            "one trace of one function, use the result of every product, and emit products "
-            "outside of loops and branches."
-        )
-    wrapped = tf.compat.v1.wrap_function(
-        lambda: tf.graph_util.import_graph_def(definition, name=""), []
-    )
-    inputs = [wrapped.graph.get_tensor_by_name(tensor.name) for tensor in frozen.inputs]
-    outputs = [wrapped.graph.get_tensor_by_name(tensor.name) for tensor in frozen.outputs]
-    weights = [wrapped.graph.get_tensor_by_name(f"{marker}:0") for marker in markers]
-    names = [tensor.op.name for tensor in inputs]
-    signature = Signature(names, _output_names(concrete_function, len(outputs)))
-    return wrapped.prune([*inputs, *weights], outputs), signature
-
-
-def _is_marker(node: Any, graph: IntegerGraph) -> bool:
-    return node.op == "Const" and node.name.rpartition("/")[2].startswith(graph._key)
-
-
-def _lift(node: Any) -> str:
-    """Turns a constant of a graph definition into a placeholder, and returns its name."""
-    node.attr["shape"].shape.CopyFrom(node.attr["value"].tensor.tensor_shape)
-    node.op = "Placeholder"
-    del node.attr["value"]
-    return node.name
-
-
-def _output_names(concrete_function: Any, count: int) -> list[str]:
-    results = concrete_function.structured_outputs
-    if isinstance(results, dict) and len(results) == count:
-        return sorted(results)  # TensorFlow flattens a dictionary in this order.
-    return [f"output_{i}" for i in range(count)]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the converter's advice to pass an object that owns variables: we have none."""
-    logging = require("absl.logging")
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _pins(like: Any, shape: tuple[int, ...]) -> Any:
@@ -551,89 +366,3 @@ def _pins(like: Any, shape: tuple[int, ...]) -> Any:
         return tf.constant(np.broadcast_to(pins, shape))
     first = tf.slice(like, [0] * len(shape), [shape[0], 1, *shape[2:]])
     return first * 0.0 + pins
-
-
-def _static_shape(tensor: Any, name: str) -> tuple[int, ...]:
-    if not tensor.shape.rank or None in tensor.shape.as_list():
-        raise ValueError(
-            f"`codes` of {name!r} must have a static shape, batch included. Received: "
-            f"{tensor.shape}. Trace with an input signature that fixes the batch size."
-        )
-    if tensor.dtype.name != "float32":
-        raise ValueError(
-            f"`codes` of {name!r} must be float32 that holds integers. Received: "
-            f"{tensor.dtype.name}. Cast it."
-        )
-    return tuple(tensor.shape.as_list())
-
-
-def _pair(value: int | tuple[int, int], what: str, name: str) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(
-            f"`{what}` of {name!r} must be a positive integer or a pair of them. Received: {value}."
-        )
-    return pair
-
-
-def _checked(
-    weight: np.ndarray, scale: np.ndarray, rank: int, name: str, channel_axes: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an integer weight, and a scale for each channel of its last `channel_axes`."""
-    weight = np.asarray(weight)
-    _check_codes(weight, rank, name)
-    merged = weight.reshape(*weight.shape[: rank - channel_axes], -1)
-    scale = _per_channel(scale, merged.shape[-1], "scale", name)
-    merged, scale = _revived(merged, scale, merged.ndim - 1, name)
-    return merged.reshape(weight.shape), scale
-
-
-def _revived(
-    codes: np.ndarray, scale: np.ndarray, axis: int, name: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gives a dead channel, of scale 0, zero codes and scale 1: XNNPACK refuses scale 0."""
-    dead = scale == 0
-    codes = np.where(dead.reshape(_along(codes, axis)), 0, codes)
-    scale = np.where(dead, np.float32(1), scale)
-    if not (np.isfinite(scale) & (scale >= np.finfo(np.float32).tiny)).all():
-        raise ValueError(
-            f"`scale` of {name!r} must be finite and positive (and not subnormal). Received: "
-            f"values from {scale.min()} to {scale.max()}. Negate the codes of a channel whose "
-            "scale is negative."
-        )
-    return codes, scale
-
-
-def _along(array: np.ndarray, axis: int) -> list[int]:
-    """Returns the shape that makes a vector broadcast along `axis` of `array`."""
-    return [size if i == axis else 1 for i, size in enumerate(array.shape)]
-
-
-def _check_codes(weight: np.ndarray, rank: int, name: str) -> None:
-    if weight.ndim != rank or weight.dtype.kind not in "iu" or weight.size == 0:
-        raise ValueError(
-            f"The weight of {name!r} must be a non-empty array of integers with {rank} axes. "
-            f"Received: shape {weight.shape}, dtype {weight.dtype}."
-        )
-
-
-def _per_channel(values: np.ndarray, channels: int, what: str, name: str) -> np.ndarray:
-    values = np.asarray(values, np.float32).reshape(-1)
-    if values.size not in (1, channels):
-        raise ValueError(
-            f"`{what}` of {name!r} must hold one value, or one for each of {channels} channels. "
-            f"Received: {values.size} values."
-        )
-    return np.broadcast_to(values, channels)
-
-
-def _check_accumulator(
-    weight: np.ndarray, axes: tuple[int, ...], gain: int, limit: int, name: str
-) -> None:
-    """Raises if an accumulator of the product could reach `limit`."""
-    largest = int(np.abs(weight.astype(np.int64)).sum(axis=axes).max()) * _LARGEST_CODE * gain
-    if largest >= limit:
-        raise ValueError(
-            f"The accumulator of {name!r} can reach {largest}, but must stay below {limit}. "
-            "Split the product along its contraction axis and add the parts."
-        )

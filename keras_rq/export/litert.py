@@ -20,7 +20,8 @@ import keras
 import numpy as np
 
 from keras_rq.export import interpreter, signatures
-from keras_rq.export._litert_graph import IntegerGraph, convert
+from keras_rq.export._litert_convert import convert
+from keras_rq.export._litert_graph import IntegerGraph
 from keras_rq.export.lowering import Call, Lowered, Lowering
 from keras_rq.layers.base import all_lowered_by, is_quantized
 

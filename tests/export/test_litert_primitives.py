@@ -14,7 +14,9 @@ tf = pytest.importorskip("tensorflow")
 pytest.importorskip("ai_edge_litert")
 
 from keras_rq.export import _flatbuffer, interpreter  # noqa: E402
-from keras_rq.export._litert_graph import IntegerGraph, convert, storage_bits  # noqa: E402
+from keras_rq.export._litert_checks import storage_bits  # noqa: E402
+from keras_rq.export._litert_convert import convert  # noqa: E402
+from keras_rq.export._litert_graph import IntegerGraph  # noqa: E402
 
 pytestmark = pytest.mark.once
 

@@ -94,7 +94,13 @@ def levels(model: keras.Model) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize(("weights", "activations"), [(4, 4), (1, 1), (1.5, 2), (2, None)])
+ONCE = pytest.mark.once
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [(4, 4), (1.5, 2), pytest.param(1, 1, marks=ONCE), pytest.param(2, None, marks=ONCE)],
+)
 def test_widths_come_down_from_ten_bits_to_their_targets(weights: Any, activations: Any):
     model = compiled(quantized(weights, activations), 0.02)
     callback = rq.callbacks.GDNSQ(warmup=80, growth=0.1)

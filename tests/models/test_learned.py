@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,21 @@ def assert_all_equal(received: Any, expected: Any) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-def made(name: str, policy: str) -> Member:
-    """A calibrated model, after some training in float: ranges do not follow its first steps."""
+@functools.cache
+def trained_weights(name: str, dtype: str) -> list[np.ndarray]:
+    """Weights after some training in float: ranges do not follow its first steps."""
     keras.utils.set_random_seed(0)
     member = MAKERS[name]()
     member.compile()
     member.fit(epochs=20)
+    return member.model.get_weights()
+
+
+def made(name: str, policy: str) -> Member:
+    """A trained and calibrated model."""
+    weights = trained_weights(name, keras.config.dtype_policy().name)
+    member = MAKERS[name]()
+    member.model.set_weights(weights)
     member.model.compile()
     member.model.quantize(POLICIES[policy], verbose=False)
     rq.calibrate(member.model, member.x, verbose=False)
@@ -152,12 +162,13 @@ def test_mixed_precision(dtype: str, make: Any, policy: str, tmp_path: Path):
     try:
         member = made(make.__name__, policy)
         member.compile()
-        losses = member.fit(epochs=6)
+        losses = member.fit(epochs=20)
         member.model.save(tmp_path / "m.keras")
         loaded = keras.saving.load_model(tmp_path / "m.keras")
     finally:
         keras.config.set_dtype_policy(previous)
-    assert losses[-1] < 0.9 * losses[0]
+    # A loss of four-bit layers jumps between epochs, in float32 too: the mean of some says more.
+    assert np.mean(losses[-5:]) < 0.8 * losses[0]
     for layer in quantized_layers(member.model):
         assert {v.dtype for v in parameters.variables_of(layer)} == {"float32"}
     np.testing.assert_array_equal(member.predict(loaded), member.predict())

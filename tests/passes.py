@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +32,20 @@ class Pass(NamedTuple):
 
 def run(backend: str, workers: int, extra: list[str]) -> Pass:
     """Runs pytest under `backend`, shows its output, and keeps its summary line."""
-    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile", *extra]
+    command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile"]
+    command += ["--durations", "15", "--durations-min", "5", *extra]
     environment = {**os.environ, "KERAS_BACKEND": backend}
     # Workers share the cores; a thread pool as wide as the machine in each would make them fight.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    with tempfile.TemporaryDirectory() as cache:
+        # What tests have in common, and what a loaded model does again, is compiled once.
+        environment.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+        environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        environment.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+        return _run(backend, command, environment, may_be_empty=backend == "numpy" or bool(extra))
+
+
+def _run(backend: str, command: list[str], environment: dict[str, str], may_be_empty: bool) -> Pass:
     print(f"\nKERAS_BACKEND={backend} python {' '.join(command[1:])}", flush=True)
     summary = ""
     with subprocess.Popen(
@@ -46,7 +57,7 @@ def run(backend: str, workers: int, extra: list[str]) -> Pass:
                 summary = line.strip()
     code = process.returncode
     # A pass may find nothing to run where tests are selected: by NumPy's marker or by the caller.
-    ok = code == 0 or (code == NOTHING_COLLECTED and (backend == "numpy" or bool(extra)))
+    ok = code == 0 or (code == NOTHING_COLLECTED and may_be_empty)
     return Pass(backend, ok, summary or f"pytest ended with exit code {code} and no summary")
 
 

@@ -84,9 +84,7 @@ def weights_of(like: places.Weights, seed: int) -> places.Weights:
     """Kernels that keep the size of what they multiply, and vectors as they are."""
     random = np.random.default_rng(seed)
     return [
-        random.normal(size=w.shape, scale=w.shape[0] ** -0.5).astype("float32")
-        if w.ndim > 1
-        else w
+        random.normal(size=w.shape, scale=w.shape[0] ** -0.5).astype("float32") if w.ndim > 1 else w
         for w in like
     ]
 

@@ -18,14 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +46,22 @@ def make_model() -> Any:
 
     import keras_rq as rq
 
-    keras.utils.set_random_seed(0)
+    def dense(units: int, activation: str | None, name: str) -> layers.Layer:
+        # Zeros, because JAX compiles its random generator anew for every shape.
+        return layers.Dense(units, activation, kernel_initializer="zeros", name=name)
+
     model = keras.Sequential(
         [
             keras.Input((24,)),
-            layers.Dense(32, "relu", name="gdnsq"),
+            dense(32, "relu", "gdnsq"),
             layers.Dropout(0.2, seed=1),
-            layers.Dense(32, "relu", name="ridge"),
-            layers.Dense(4, name="learned"),
+            dense(32, "relu", "ridge"),
+            dense(4, None, "learned"),
         ]
     )
+    random = np.random.default_rng(1)
+    for layer in (model.get_layer(name) for name in ("gdnsq", "ridge", "learned")):
+        layer.kernel.assign(0.2 * random.normal(size=layer.kernel.shape))
     gdnsq, learned = rq.quantizers.GDNSQ(6), rq.quantizers.LearnedStep(4)
     rules = [
         rq.Rule("gdnsq", weights=gdnsq, activations=gdnsq),
@@ -94,8 +100,19 @@ def batches() -> Any:
     return Batches()
 
 
-def train(options: argparse.Namespace) -> None:
-    """Trains to the end, tells every batch, and writes what came out."""
+def train(
+    folder: Path, told: Any, *, epochs: int = EPOCHS, first: bool = False, pause: float = 0.0
+) -> None:
+    """Trains to the end and writes what came out.
+
+    Args:
+        folder: of the backup and of `final.npz`.
+        told: its method `send` gets the epoch and the number of every batch, and at the end the
+            number of epochs and whether the widths of `gdnsq` have reached their targets.
+        epochs: to train for.
+        first: whether the backup comes before the other callbacks, or after them.
+        pause: seconds to sleep after every batch.
+    """
     import keras
 
     import keras_rq as rq
@@ -109,24 +126,25 @@ def train(options: argparse.Namespace) -> None:
             self.epoch = data.epoch = epoch
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            print(json.dumps([self.epoch, batch]), flush=True)
-            time.sleep(options.pause)
+            told.send((self.epoch, batch))
+            time.sleep(pause)
 
+    gdnsq = rq.callbacks.GDNSQ(warmup=BATCHES, growth=10.0, decay=0.99)
     callbacks = [
         Teller(),
-        rq.callbacks.GDNSQ(warmup=BATCHES, growth=10.0, decay=0.99),
-        rq.callbacks.GradualBits(weights={0: 8, EPOCHS // 3: 4}, match="ridge"),
+        gdnsq,
+        rq.callbacks.GradualBits(weights={0: 8, 3: 4}, match="ridge"),
         rq.callbacks.RidgeLambda({0: 0.1, 5 * BATCHES // 2: 0.01}, match="ridge", unit="step"),
     ]
-    backup = rq.callbacks.BackupAndRestore(options.child / "backup", delete_checkpoint=False)
-    callbacks.insert(0 if options.first else len(callbacks), backup)
-    model.fit(data, epochs=options.epochs, callbacks=callbacks, verbose=0)
+    backup = rq.callbacks.BackupAndRestore(folder / "backup", delete_checkpoint=False)
+    callbacks.insert(0 if first else len(callbacks), backup)
+    model.fit(data, epochs=epochs, callbacks=callbacks, verbose=0)
     found = [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables)]
-    np.savez(options.child / "final.npz", *[np.asarray(value) for value in found])
-    print(json.dumps(["converged", callbacks[1 + options.first].converged]), flush=True)
+    np.savez(folder / "final.npz", *[np.asarray(value) for value in found])
+    told.send((epochs, gdnsq.converged))
 
 
-def write(options: argparse.Namespace) -> None:
+def write(folder: Path, told: Any, *, callback: str) -> None:
     """Trains with epochs of one small batch, each followed by a backup of megabytes."""
     import keras
 
@@ -136,65 +154,56 @@ def write(options: argparse.Namespace) -> None:
     model.compile("adam", "mse")
     kinds = {"keras_rq": rq.callbacks.BackupAndRestore, "keras": keras.callbacks.BackupAndRestore}
     x = np.ones((1, 512), "float32")
-    tell = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: print(json.dumps([epoch, 0]), flush=True)
-    )
-    callbacks = [kinds[options.writes](str(options.child / "backup")), tell]
-    model.fit(x, x, epochs=10**6, callbacks=callbacks, verbose=0)
+    tell = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: told.send((epoch, 0)))
+    backup = kinds[callback](str(folder / "backup"))
+    model.fit(x, x, epochs=10**6, callbacks=[backup, tell], verbose=0)
 
 
 # The parent.
 
 
 class Child:
-    """A training in a process of its own.
+    """A training in a process of its own, forked from one that has imported everything.
 
     Args:
-        backend: Keras's backend.
+        target: what it runs: `train` or `write`.
         folder: where it keeps what it writes.
-        arguments: of this script.
+        options: the other arguments of `target`.
     """
 
-    def __init__(self, backend: str, folder: Path, arguments: Sequence[str] = ()) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--child", str(folder)]
-        environment = {
-            "TF_CPP_MIN_LOG_LEVEL": "3",
-            "OMP_NUM_THREADS": "1",
-            **os.environ,
-            "KERAS_BACKEND": backend,
-            "PYTHONPATH": str(ROOT),
-        }
-        self.errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the child)
-        self.process = subprocess.Popen(
-            [*command, *arguments], stdout=subprocess.PIPE, stderr=self.errors, env=environment
-        )
+    def __init__(self, target: Callable[..., Any], folder: Path, **options: Any) -> None:
+        # Starting Python and importing a framework takes longer than the training.
+        processes = multiprocessing.get_context("forkserver")
+        processes.set_forkserver_preload([__name__, "keras_rq"])
+        self.received, sent = processes.Pipe(duplex=False)
+        self.process = processes.Process(target=target, args=(folder, sent), kwargs=options)
+        self.process.start()
+        sent.close()
+        self.last: Any = None
 
-    def wait_for_batch(self) -> list[int]:
-        """The first batch that it tells of."""
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"The child ended: {self._said()}")
-        return json.loads(line)
+    def wait(self, until: Any = None) -> Any:
+        """Waits for its end, or for something that is not less than `until`; what it told last."""
+        while until is None or self.last is None or self.last < until:
+            try:
+                self.last = self.received.recv()
+            except EOFError:
+                self.process.join()
+                if until is not None or self.process.exitcode != 0:
+                    raise RuntimeError(f"The child ended: {self.process.exitcode}") from None
+                break
+        return self.last
 
-    def kill(self) -> list[int] | None:
-        """Ends it at once; the last batch that it told of since it was asked."""
-        if self.process.poll() is not None:
-            raise RuntimeError(f"The child ended by itself: {self._said()}")
-        self.process.send_signal(signal.SIGKILL)
-        lines = self.process.stdout.read().splitlines()
-        self.process.wait()
-        return json.loads(lines[-1]) if lines else None
-
-    def finish(self) -> list[Any]:
-        """Waits for its end; all that it told of."""
-        lines = self.process.stdout.read().splitlines()
-        if self.process.wait() != 0:
-            raise RuntimeError(f"The child failed: {self._said()}")
-        return [json.loads(line) for line in lines]
-
-    def _said(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read().decode()[-3000:]
+    def kill(self) -> Any:
+        """Ends it at once (SIGKILL); what it told last."""
+        if not self.process.is_alive():
+            raise RuntimeError(f"The child ended by itself: {self.process.exitcode}")
+        self.process.kill()
+        try:
+            while True:
+                self.last = self.received.recv()
+        except (EOFError, OSError):
+            self.process.join()
+        return self.last
 
 
 def backed_up(folder: Path) -> tuple[int | None, str | None]:
@@ -223,25 +232,24 @@ def backed_up(folder: Path) -> tuple[int | None, str | None]:
 def crash(backend: str, kills: int, seed: int, pause: float) -> dict[str, Any]:
     """One row: a training that is killed `kills` times against one that is not."""
     chance = random.Random(seed)
-    common = ["--pause", str(pause), "--epochs", str(EPOCHS)]
     with tempfile.TemporaryDirectory() as folder:
         alone, killed = Path(folder, "alone"), Path(folder, "killed")
         alone.mkdir(), killed.mkdir()
-        child = Child(backend, alone, common)
-        child.wait_for_batch()
+        child = Child(train, alone, pause=pause)
+        child.wait(until=(1, 0))
         began = time.perf_counter()
-        told = child.finish()
-        epoch_seconds = (time.perf_counter() - began) / EPOCHS
+        converged = [child.wait()[1]]
+        epoch_seconds = (time.perf_counter() - began) / (EPOCHS - 1)
         moments = []
         for index in range(kills):
-            child = Child(backend, killed, [*common, *(["--first"] if index % 2 else [])])
-            first = child.wait_for_batch()
+            child = Child(train, killed, pause=pause, first=bool(index % 2))
+            first = child.wait(until=(0, 0))
             time.sleep(chance.uniform(0, 1.5 * epoch_seconds))
-            last = child.kill() or first
+            last = child.kill()
             epoch, problem = backed_up(killed / "backup")
             moments.append({"began": first, "killed": last, "backup": epoch, "problem": problem})
-        end = Child(backend, killed, common).finish()
-        differing, largest = _difference(alone / "final.npz", killed / "final.npz")
+        converged.append(Child(train, killed).wait()[1])
+        differing, largest = difference(alone / "final.npz", killed / "final.npz")
     return {
         "backend": backend,
         "part": "resume",
@@ -249,12 +257,27 @@ def crash(backend: str, kills: int, seed: int, pause: float) -> dict[str, Any]:
         "unreadable": sum(m["problem"] is not None for m in moments),
         "differing": differing,
         "largest_difference": largest,
-        "converged": [told[-1][1], end[-1][1]],
+        "converged": converged,
         "moments": moments,
     }
 
 
-def _difference(one: Path, other: Path) -> tuple[int, float]:
+def crash_writes(backend: str, callback: str, kills: int, seed: int) -> dict[str, Any]:
+    """One row: what a child that was killed leaves, of many that write all the time."""
+    chance = random.Random(seed)
+    problems = []
+    for _ in range(kills):
+        with tempfile.TemporaryDirectory() as folder:
+            child = Child(write, Path(folder), callback=callback)
+            child.wait(until=(2, 0))
+            time.sleep(chance.uniform(0, 0.5))
+            child.kill()
+            problems.append(backed_up(Path(folder, "backup"))[1])
+    counts = {kind: problems.count(kind) for kind in ("unreadable", "mismatched")}
+    return {"backend": backend, "part": "write", "callback": callback, "kills": kills, **counts}
+
+
+def difference(one: Path, other: Path) -> tuple[int, float]:
     """How many elements are not equal, and by how much at most."""
     with np.load(one) as a, np.load(other) as b:
         pairs = [(a[name], b[name]) for name in a.files]
@@ -287,43 +310,57 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.02, help="seconds after every batch")
-    parser.add_argument("--write-backend", choices=BACKENDS, default="torch")
+    parser.add_argument("--write-kills", type=int, default=10)
     parser.add_argument("--out", type=Path, help="JSON file of results")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, help=argparse.SUPPRESS)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--writes", choices=("keras", "keras_rq"), help=argparse.SUPPRESS)
-    parser.add_argument("--first", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=BACKENDS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def main() -> int:
-    """Measures, and returns 1 if anything of this package's was unreadable or differed."""
-    options = parse()
-    if options.child is not None:
-        (write if options.writes else train)(options)
-        return 0
-    sys.path.insert(0, str(ROOT))
+def work(options: argparse.Namespace) -> int:
+    """Measures one backend; returns 1 if a backup of this package's failed, or weights differ."""
     from rows import RowsFile
 
-    from keras_rq.demo import results
-
-    file = RowsFile(options.out)
-    file.provenance, bad = results.provenance(), 0
-    jobs = [
-        lambda b=b: crash(b, options.kills, options.seed, options.pause) for b in options.backends
-    ]
+    file, bad = RowsFile(options.out), 0
+    jobs = [lambda: crash(options.worker, options.kills, options.seed, options.pause)]
     jobs += [
-        lambda c=c: crash_writes(options.write_backend, c, options.kills, options.seed)
+        lambda c=c: crash_writes(options.worker, c, options.write_kills, options.seed)
         for c in ("keras_rq", "keras")
     ]
     for job in jobs:
         row = job()
         file.rows = [r for r in file.rows if _key(r) != _key(row)] + [row]
         file.write()
-        print(json.dumps(row))
+        print(json.dumps(row), flush=True)
         if row.get("callback") != "keras":
             bad += row["unreadable"] + row.get("mismatched", 0) + row.get("differing", 0)
     return int(bad > 0)
+
+
+def main() -> int:
+    """Measures every backend in a process of its own, and returns 1 if any fails."""
+    options = parse()
+    if options.worker:
+        return work(options)
+    sys.path.insert(0, str(ROOT))
+    from rows import RowsFile
+
+    from keras_rq.demo import results
+
+    file = RowsFile(options.out)
+    file.provenance = results.provenance()
+    file.write()
+    codes = []
+    for backend in options.backends:
+        command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+        environment = {
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "OMP_NUM_THREADS": "1",
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            "PYTHONPATH": str(ROOT),
+        }
+        codes.append(subprocess.run([*command, "--worker", backend], env=environment).returncode)
+    return int(any(codes))
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -11,9 +11,11 @@ For every backend, model, policy and seed, 20 steps in one place and in others (
 
 Devices add up in another order, so that sums come to differ in their last digit. A value that then
 lies on the border of two codes may get the other code, and from there on two chains differ visibly,
-quantized or not by whom. A row holds the largest relative difference of the losses (`same`,
+whatever the quantizer. A row holds the largest relative difference of the losses (`same`,
 `chain`), that of the last (`chain_last`), the first step of the chain beyond 1e-5 (`beyond`), and
-the largest difference of an update relative to its size (`update`).
+the largest difference of an update relative to its size (`update`). Other rows tell how many codes
+of the kernel of the layer `up` are `differing`, and the largest relative difference of a `scale`;
+under `ModelParallel` on JAX its blocks are split across devices.
 
 `--time` adds what a step of `fit` takes with a batch that several devices share (`strong`) and with
 a batch for each (`weak`).
@@ -37,6 +39,7 @@ import places
 BATCH, STEPS = 16, 20
 BOUND = 1e-5
 POLICIES = ("A4W4-channel", "A4W4-128")
+MIXED = "A4W4-mixed"  # both in one model, which takes half the time: for tests
 OPTIMIZERS = {"sgd": ("SGD", 0.01), "adam": ("Adam", 1e-3)}
 COUNTS = {"jax": 8, "tensorflow": 2, "torch": 2}
 TIMED = {"nanogpt": 32, "mlp": 1024}  # and the batch of one device
@@ -94,7 +97,11 @@ def made(make: Callable[[], Any], policy: str) -> Any:
     import keras_rq as rq
 
     model = make()
-    if policy != "float":
+    if policy == MIXED:
+        blocks = rq.quantizers.Ridge(4, block_size=128)
+        up = rq.Rule("up", weights=blocks, activations=blocks)
+        model.quantize(rq.QuantizationPolicy("A4W4-channel", rules=[up]), verbose=False)
+    elif policy != "float":
         model.quantize(rq.QuantizationPolicy(policy), verbose=False)
     return model
 
@@ -121,6 +128,31 @@ def compare(options: argparse.Namespace, trainees: dict[str, places.Trainee]) ->
                     start = weights_of(trainees["one"].weights(), seed)
                     data = data_of(model, seed)
                     rows += [key | row | {"seed": seed} for row in _rows(trainees, start, *data)]
+                if policy != "float":
+                    rows += [key | row for row in _statistics(trainees, start)]
+    return rows
+
+
+def _statistics(trainees: dict[str, places.Trainee], start: Any) -> list[dict]:
+    """Rows: how many codes of kernels, and by how much their scales, differ from one device's."""
+    import keras
+
+    import keras_rq as rq
+
+    def quantized(trainee: places.Trainee) -> tuple[np.ndarray, np.ndarray]:
+        with trainee.scope():
+            trainee.model.set_weights(start)
+            layer = trainee.model.get_layer("up")
+            made = rq.ops.quantize(layer.kernel, layer.quantization.weights, axis=0)
+            arrays = keras.ops.convert_to_numpy(made.codes), keras.ops.convert_to_numpy(made.scale)
+            return arrays[0].reshape(-1), arrays[1].reshape(-1)
+
+    wanted, rows = quantized(trainees["one"]), []
+    for place in trainees.keys() - {"one"}:
+        codes, scales = quantized(trainees[place])
+        error = float(np.max(np.abs(scales / wanted[1] - 1)))
+        differing = int(np.sum(codes != wanted[0]))
+        rows.append({"place": place, "codes": len(codes), "differing": differing, "scale": error})
     return rows
 
 
@@ -191,7 +223,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[str]:
     names = ("backend", "place", "model", "policy", "optimizer")
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["job"] == "compare":
+        if "chain" in row:
             groups.setdefault(tuple(row[name] for name in names), []).append(row)
     lines = []
     for key, of in groups.items():

@@ -1,5 +1,6 @@
 """Callbacks for `fit`."""
 
+from keras_rq.training.backup import BackupAndRestore
 from keras_rq.training.gdnsq import GDNSQ
 from keras_rq.training.schedules import (
     DelayedStart,
@@ -11,6 +12,7 @@ from keras_rq.training.schedules import (
 
 __all__ = [
     "GDNSQ",
+    "BackupAndRestore",
     "DelayedStart",
     "GradualBits",
     "GradualSparsity",

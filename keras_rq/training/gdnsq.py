@@ -36,9 +36,9 @@ class GDNSQ(keras.callbacks.Callback):
     the learning rate itself, which the authors begin with, is the optimizer's schedule's.)
 
     All of it happens in the training step: it is compiled with it, and several steps per execution
-    differ in nothing. What it knows (batches, mean loss) is a variable of the first such layer and
-    saved with it, so that training goes on where it was. Step functions are compiled anew when
-    training begins, and when widths have reached their targets or left them.
+    differ in nothing. What it knows (batches, mean loss, batches of decay) is a variable of the
+    first such layer and saved with it, so that training goes on where it was. Step functions are
+    compiled anew when training begins, and when widths have reached their targets or left them.
 
     Epochs log `bits_weights` and `bits_activations` (mean widths), `base_loss` (the mean of `L`)
     and `temperature`. Where the optimizer's rate is a plain number, it is a schedule afterwards.
@@ -96,25 +96,32 @@ class GDNSQ(keras.callbacks.Callback):
         super().set_model(model)
         self._operands = _operands(model)
         self._progress = parameters.keep(self._operands[0].layer, _PROGRESS, (3,))
+        # Now, because a rate that is a number is a variable of the optimizer, and a backup that is
+        # restored when training begins must find as many variables as it was made of.
+        if self.decay < 1:
+            anneal(model.optimizer, self.decay, 0, False)
 
     def on_train_begin(self, logs: Any = None) -> None:
         rate = rate_of(self.model.optimizer)
         self._growth = 2.0 * rate_at(rate, self.warmup) if self.growth is None else self.growth
-        self._batches, self._mean, self._annealed = self._read()
-        self.converged = self._batches > 0 and self._has_converged()
-        self._anneal()
+        self._has_begun = False
         _penalise(self.model, self.add_penalty)
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        # Not when training begins: a callback that comes after this one may restore variables then.
+        if not self._has_begun:
+            self._has_begun = True
+            self._batches, self._mean, self._annealed = self._read()
+            self.converged = self._batches > 0 and self._has_converged()
+            self._anneal()
 
     def on_train_end(self, logs: Any = None) -> None:
         _release(self.model)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         before, mean_before = self._batches, self._mean
-        self._batches, self._mean, _ = self._read()
+        self._batches, self._mean, self._annealed = self._read()
         new = self._batches - before
-        if self.converged:
-            self._annealed += new
-        self._progress.assign(np.array([self._batches, self._mean, self._annealed], "float32"))
         self._log(logs, (self._mean * self._batches - mean_before * before) / max(new, 1.0))
         was, self.converged = self.converged, self._has_converged()
         if self.converged != was:
@@ -160,6 +167,7 @@ class GDNSQ(keras.callbacks.Callback):
             excess[operand.kind].append(ops.reshape(ops.relu(above), (-1,)))
         penalty = exterior_penalty(*(ops.concatenate(e) if e else None for e in excess.values()))
         mean = mean + (base - mean) / (batches + 1.0)
+        annealed = annealed + float(self.converged)
         self._progress.assign(ops.stack([batches + 1.0, mean, annealed]))
         return loss + ops.cast(scale * temperature * penalty, loss.dtype)
 

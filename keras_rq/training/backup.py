@@ -1,0 +1,148 @@
+"""Training that survives being killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+
+_STATE = "backup.json"
+_WEIGHTS = "epoch-{epoch}.weights.h5"
+_OF_KERAS = "latest.weights.h5"
+
+
+class BackupAndRestore(keras.callbacks.BackupAndRestore):
+    """Backs a training up after every epoch, so that at any moment one backup is whole.
+
+    Keras's callback of this name writes over its only file, and says in a second one which epoch
+    that belongs to: a process killed meanwhile leaves a file that cannot be read, or repeats an
+    epoch unnoticed. This one writes the weights beside those of the epoch before, and a backup
+    counts from the moment at which one small file is replaced, which the file system does at once.
+
+    What is backed up is what `Model.save_weights` writes: weights, what quantizers and schedules
+    learn or count, the optimizer, and the states of dropout. A script that was killed is started
+    again as it is: it builds, quantizes, calibrates and compiles the model as before, and `fit`
+    goes on with the epoch that was not finished. The callbacks of this package go on where they
+    were, in whatever order they are listed.
+
+    Final weights are those of a training that nothing interrupted if every epoch sees the same
+    batches, too. `fit(shuffle=True)` draws from a generator that a new process starts anew. Let
+    the order follow from the number of the epoch, as in the example, or pass `shuffle=False`.
+
+    Args:
+        backup_dir: folder of the backup, of one training alone.
+        delete_checkpoint: whether to delete it when the training is complete.
+
+    Raises:
+        ValueError: when `fit` begins: the model is not built, the folder holds a backup of Keras's
+            callback, or one whose optimizer is another.
+
+    Example:
+
+    >>> import keras, numpy as np, tempfile, keras_rq as rq
+    >>> class Batches(keras.utils.PyDataset):
+    ...     epoch = 0
+    ...     def __len__(self):
+    ...         return 4
+    ...     def __getitem__(self, index):
+    ...         order = np.random.default_rng([0, self.epoch]).permutation(32)
+    ...         rows = order[8 * index : 8 * index + 8]
+    ...         return np.eye(32)[rows], np.arange(32.0)[rows, None]
+    >>> data, backup = Batches(), tempfile.mkdtemp()
+    >>> tell = keras.callbacks.LambdaCallback(on_epoch_begin=lambda e, _: setattr(data, "epoch", e))
+    >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> callbacks = [tell, rq.callbacks.BackupAndRestore(backup)]
+    >>> _ = model.fit(data, epochs=2, callbacks=callbacks, verbose=0)
+    """
+
+    def __init__(self, backup_dir: str | Path, *, delete_checkpoint: bool = True) -> None:
+        super().__init__(str(backup_dir), delete_checkpoint=delete_checkpoint)
+        self._folder = Path(backup_dir)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self._check()
+        epoch = self._epoch()
+        if epoch is None:
+            return
+        optimizer = self.model.optimizer
+        if optimizer is not None and not optimizer.built:
+            optimizer.build(self.model.trainable_variables)
+        with warnings.catch_warnings():
+            # Keras goes on without the optimizer's state, and so with other numbers.
+            warnings.filterwarnings("error", "Skipping variable loading for optimizer")
+            try:
+                self.model.load_weights(self._folder / _WEIGHTS.format(epoch=epoch))
+            except UserWarning as warning:
+                raise ValueError(
+                    f"The backup in {str(self._folder)!r} is of a training with another optimizer. "
+                    "Compile the model as it was, or use another `backup_dir`. Received: "
+                    f"{warning}"
+                ) from None
+        # As Keras's callback does: the loop reads it after `on_train_begin`.
+        self.model._initial_epoch = epoch
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Nothing: a backup within an epoch would let its batches be seen twice."""
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        done = epoch + 1
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / _WEIGHTS.format(epoch=done)
+        self.model.save_weights(path, overwrite=True)
+        _to_disk(path)
+        _replace(self._folder / _STATE, json.dumps({"epoch": done}))
+        for other in self._folder.glob(_WEIGHTS.format(epoch="*")):
+            if other != path:
+                other.unlink()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.model._initial_epoch = None  # else the next `fit` would leave epochs out, too
+        if self.delete_checkpoint and self._folder.exists():
+            # First what makes it a backup: what a kill leaves of the rest is then none.
+            (self._folder / _STATE).unlink(missing_ok=True)
+            shutil.rmtree(self._folder)
+
+    def _check(self) -> None:
+        if not self.model.built:
+            raise ValueError(
+                f"Model {self.model.name!r} is not built, so that no backup can be restored. Call "
+                "it on a batch of data, or `model.build(input_shape)`, before `fit`."
+            )
+        if (self._folder / _OF_KERAS).exists():
+            raise ValueError(
+                f"`backup_dir` holds a backup of keras.callbacks.BackupAndRestore, {_OF_KERAS!r}. "
+                f"Finish that training with it, or use another folder. Received: {self._folder}"
+            )
+
+    def _epoch(self) -> int | None:
+        """How many epochs are backed up; None without a backup."""
+        try:
+            return int(json.loads((self._folder / _STATE).read_text())["epoch"])
+        except FileNotFoundError:
+            return None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Replaces a file at once: others see the old content or the new."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    _to_disk(new)
+    new.replace(path)
+    _to_disk(path.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, would survive a loss of power."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

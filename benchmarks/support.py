@@ -27,7 +27,7 @@ from rows import Row, RowsFile
 
 BACKENDS = ("tensorflow", "jax", "torch")
 CHECKS = ("fit", "save and load", "LiteRT export", "jit", "mixed_bfloat16", "mixed_float16")
-EPOCHS = 8  # of two steps
+EPOCHS = 6  # of two steps
 # Compilers need not optimize what runs for a moment.
 HASTY = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",

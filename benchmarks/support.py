@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from rows import Row, RowsFile
 BACKENDS = ("tensorflow", "jax", "torch")
 CHECKS = ("fit", "save and load", "LiteRT export", "jit", "mixed_bfloat16", "mixed_float16")
 EPOCHS = 6  # of two steps
+LIMIT = 45  # seconds of processor time for one check; the slowest that end take half of it
 # Compilers need not optimize what runs for a moment.
 HASTY = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -156,11 +158,19 @@ def measure(case: Any) -> Row:
 
 def outcome(check: Callable[[], str | None]) -> Row:
     """Whether a check passes, and what it says: a remark, or why not."""
+    signal.signal(signal.SIGPROF, _too_long)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
     try:
         return {"works": True, "note": check()}
     except Exception as error:
         text = " ".join(str(error).split())
         return {"works": False, "note": f"{type(error).__name__}: {text}"[:600]}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _too_long(*_: Any) -> None:
+    raise TimeoutError(f"it took more than {LIMIT} s of processor time")
 
 
 class Trained:

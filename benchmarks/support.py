@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +25,7 @@ from rows import Row, RowsFile
 
 BACKENDS = ("tensorflow", "jax", "torch")
 CHECKS = ("fit", "save and load", "LiteRT export", "jit", "mixed_bfloat16", "mixed_float16")
-EPOCHS = 6  # of two steps
-LIMIT = 45  # seconds of processor time for one check; the slowest that end take half of it
+LIMIT = 100  # seconds of processor time for one check; the slowest that end take half of it
 # Compilers need not optimize what runs for a moment.
 HASTY = {
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
@@ -46,6 +42,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--again", nargs="*", metavar="LAYER", help="these, or all, once more")
+    parser.add_argument("--together", type=int, default=7, help="layers compiled as one model")
     parser.add_argument("--layers", nargs="+", metavar="LAYER", help="only these")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,11 +54,13 @@ def main() -> int:
         asked = options.again or [row["layer"] for row in results.rows]
         again = {(b, layer) for b in options.backends for layer in asked}
         results.rows = [r for r in results.rows if (r["backend"], r["layer"]) not in again]
-    failures = [run(backend, results, options.layers) for backend in options.backends]
+    failures = [
+        run(backend, results, options.layers, options.together) for backend in options.backends
+    ]
     return int(any(failures))
 
 
-def run(backend: str, results: RowsFile, only: Sequence[str] | None) -> bool:
+def run(backend: str, results: RowsFile, only: Sequence[str] | None, together: int) -> bool:
     """Lets a process of one backend find the layers and make their rows; whether it failed."""
     done = [row["layer"] for row in results.rows if row["backend"] == backend]
     environment = {**HASTY, "TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "KERAS_BACKEND": backend}
@@ -72,7 +71,7 @@ def run(backend: str, results: RowsFile, only: Sequence[str] | None) -> bool:
         stdout=subprocess.PIPE,
         text=True,
     )
-    process.stdin.write(json.dumps({"done": done, "only": only}))
+    process.stdin.write(json.dumps({"done": done, "only": only, "together": together}))
     process.stdin.close()
     for text in process.stdout:
         row = json.loads(text)
@@ -91,7 +90,7 @@ def line(row: Row) -> str:
     for check, outcome in row["checks"].items():
         note = "" if outcome["note"] is None else f" ({outcome['note']})"
         text += f"\n    {check}: {'yes' if outcome['works'] else 'NO'}{note}"
-    return text
+    return f"{text}\n    absent: {row['absent']}" if row["absent"] else text
 
 
 # The process of one backend.
@@ -113,13 +112,13 @@ def serve(order: dict[str, Any]) -> None:
         answers.flush()
 
     answer({"provenance": (found := provenance())})
-    for name, case in cases.items():
-        if name not in order["done"] and name in (order["only"] or cases):
-            start = time.perf_counter()
-            row = measure(case)
-            forget()
-            seconds = round(time.perf_counter() - start, 1)
-            row |= {"spoken": case.spoken, "seconds": seconds, "commit": found["commit"]}
+    asked = [n for n in cases if n not in order["done"] and n in (order["only"] or cases)]
+    for start in range(0, len(asked), order["together"]):
+        began = time.perf_counter()
+        rows = measure({name: cases[name] for name in asked[start : start + order["together"]]})
+        seconds = round((time.perf_counter() - began) / len(rows), 1)
+        for name, row in rows.items():
+            row |= {"spoken": cases[name].spoken, "seconds": seconds, "commit": found["commit"]}
             answer({"layer": name, **row})
 
 
@@ -134,32 +133,67 @@ def forget() -> None:
         torch._dynamo.reset()
 
 
-def measure(case: Any) -> Row:
-    """What becomes of a layer, and the outcome of every check."""
+def measure(cases: dict[str, Any]) -> dict[str, Row]:
+    """What becomes of some layers, and the outcome of every check."""
+    import keras
+    from support_models import Group, Single
+
+    rows: dict[str, Row] = {}
+    trained: dict[str, Single] = {}
+    for name, case in cases.items():
+        rows[name] = {"quantized": None, "absent": None, "checks": {}}
+        if keras.backend.backend() not in case.backends:
+            rows[name]["absent"] = "Keras lacks it here"
+            continue
+        try:
+            single = trained[name] = Single(name, case)
+        except ModuleNotFoundError as error:
+            rows[name]["absent"] = f"needs {error.name}, which is not installed"
+            continue
+        rows[name]["quantized"] = single.quantized
+        rows[name]["checks"] = {
+            "fit": outcome(single.train),
+            "save and load": outcome(single.save_and_load),
+            **{d: outcome(Single(name, case, d).train) for d in CHECKS if d.startswith("mixed")},
+        }
+        forget()
+    for check in ("LiteRT export", "jit"):
+        found = together(check, trained, Group, Single)
+        for name, result in found.items():
+            rows[name]["checks"][check] = result
+    return rows
+
+
+def together(check: str, trained: dict[str, Any], group: type, single: type) -> dict[str, Row]:
+    """A check of several layers in one model; of each by itself where that fails."""
     import keras
 
-    if keras.backend.backend() not in case.backends:
-        return {"quantized": None, "absent": "Keras lacks it here", "checks": {}}
-    try:
-        trained = Trained(case)
-    except ModuleNotFoundError as error:
-        return {"quantized": None, "absent": f"needs {error.name}, not installed", "checks": {}}
-    checks: dict[str, Callable[[], str | None]] = {
-        "fit": trained.judge,
-        "save and load": trained.save_and_load,
-        "LiteRT export": trained.export,
-        "jit": lambda: (trained if trained.compiled else Trained(case, compiled=True)).judge(),
-        "mixed_bfloat16": lambda: Trained(case, dtype="mixed_bfloat16").judge(),
-        "mixed_float16": lambda: Trained(case, dtype="mixed_float16").judge(),
-    }
-    outcomes = {name: outcome(check) for name, check in checks.items()}
-    return {"quantized": trained.quantized, "absent": None, "checks": outcomes}
+    if not trained:
+        return {}
+    if check == "jit" and keras.backend.backend() == "jax":  # which has been done
+        return {name: outcome(one.judge) for name, one in trained.items()}
+    run = {
+        "LiteRT export": lambda ones: group(ones).export(),
+        "jit": lambda ones: group([single(one.name, one.case) for one in ones]).train(),
+    }[check]
+    if len(trained) > 1:
+        found = outcome(lambda: run(list(trained.values())), LIMIT * len(trained))
+        forget()
+        if found["works"]:
+            return {name: {"works": True, "note": found["note"].get(name)} for name in trained}
+        print(f"{check} of {list(trained)} together: {found['note']}", file=sys.stderr)
+    results = {}
+    for name, one in trained.items():
+        found = results[name] = outcome(lambda one=one: run([one]), LIMIT)
+        found["note"] = found["note"].get(name) if found["works"] else found["note"]
+        forget()
+    return results
 
 
-def outcome(check: Callable[[], str | None]) -> Row:
+def outcome(check: Callable[[], Any], limit: float = LIMIT) -> Row:
     """Whether a check passes, and what it says: a remark, or why not."""
-    signal.signal(signal.SIGPROF, _too_long)
-    signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    signal.signal(signal.SIGPROF, lambda *_: _too_long(limit))
+    signal.setitimer(signal.ITIMER_PROF, limit)
     try:
         return {"works": True, "note": check()}
     except Exception as error:
@@ -169,113 +203,8 @@ def outcome(check: Callable[[], str | None]) -> Row:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _too_long(*_: Any) -> None:
-    raise TimeoutError(f"it took more than {LIMIT} s of processor time")
-
-
-class Trained:
-    """A quantized model of a layer after some steps of training.
-
-    Args:
-        case: the layer, see `support_layers.Case`.
-        dtype: the dtype policy.
-        compiled: compile the steps, otherwise run every operation by itself. JAX always compiles
-            them, as it does for everybody who does not forbid it.
-    """
-
-    def __init__(self, case: Any, dtype: str = "float32", compiled: bool = False) -> None:
-        import keras
-        import numpy as np
-
-        import keras_rq as rq
-
-        self.compiled = compiled or keras.backend.backend() == "jax"
-        policy = rq.QuantizationPolicy("A4W4", matmuls=8, rules=[rq.Rule("head$", skip=True)])
-        keras.utils.set_random_seed(0)
-        self.x = case.data()
-        y = np.random.default_rng(1).normal(size=(len(self.x), 2)).astype(np.float32)
-        with dtype_policy(dtype):
-            self.model = case.model()
-        report = rq.quantize(self.model, policy, verbose=False)
-        self.quantized = what_became(self.model.get_layer("layer"), report)
-        weights = self.model.get_layer("layer").trainable_variables
-        before = [keras.ops.convert_to_numpy(v) for v in weights]
-        self.model.compile(
-            keras.optimizers.Adam(2e-2),
-            "mse",
-            run_eagerly=not self.compiled and keras.backend.backend() == "tensorflow",
-            jit_compile=self.compiled,
-        )
-        history = self.model.fit(self.x, y, epochs=EPOCHS, batch_size=8, shuffle=False, verbose=0)
-        self.losses = history.history["loss"]
-        self.unmoved = [
-            variable.path
-            for variable, old in zip(weights, before, strict=True)
-            if np.array_equal(keras.ops.convert_to_numpy(variable), old)
-        ]
-
-    def judge(self) -> None:
-        """Raises unless the loss fell and every weight moved."""
-        import numpy as np
-
-        if not np.isfinite(self.losses).all():
-            raise ArithmeticError(f"the losses are {self.losses}")
-        if not self.losses[-1] < self.losses[0]:
-            raise ArithmeticError(f"the loss went from {self.losses[0]} to {self.losses[-1]}")
-        if self.unmoved:
-            raise ArithmeticError(f"these weights did not move: {self.unmoved}")
-
-    def save_and_load(self) -> None:
-        """Raises unless a saved and loaded model predicts the same."""
-        import keras
-        import numpy as np
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.save(path := Path(folder, "model.keras"))
-            loaded = keras.saving.load_model(path)
-        expected, received = (m.predict(self.x, verbose=0) for m in (self.model, loaded))
-        if not np.array_equal(expected, received):
-            raise ArithmeticError(f"predictions differ by {np.abs(expected - received).max()}")
-
-    def export(self) -> str | None:
-        """Exports and lets the file be checked; says what of the layer runs as integers."""
-        import keras_rq as rq
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "model.tflite")
-            result = rq.export(self.model, path, inputs=self.x, verbose=False)
-        reasons = dict.fromkeys(p.reason for p in result.products if p.reason is not None)
-        integers = sum(product.kernel == "integer" for product in result.products)
-        if not result.products:
-            return "float"
-        if not reasons:
-            return "integer"
-        kind = "integer in part" if integers else "float"
-        return f"{kind}: {'; '.join(reasons)}"
-
-
-@contextmanager
-def dtype_policy(name: str) -> Iterator[None]:
-    """Layers made within compute in this dtype."""
-    import keras
-
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
-
-
-def what_became(layer: Any, report: Any) -> str:
-    """The bit widths of a layer, or why it stays in float."""
-    from keras_rq.training.surgery import quantized_layers
-
-    labels = dict.fromkeys(one.label for one in quantized_layers(layer))
-    inside = {one.path for one in layer._flatten_layers()}
-    reasons = dict.fromkeys(why for path, why in report.kept_float.items() if path in inside)
-    parts = ["/".join(labels)] * bool(labels) + [f"float: {reason}" for reason in reasons]
-    return re.sub(r"\s+", " ", "; ".join(parts))
+def _too_long(limit: float) -> None:
+    raise TimeoutError(f"it took more than {limit} s of processor time")
 
 
 if __name__ == "__main__":

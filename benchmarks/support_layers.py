@@ -27,7 +27,7 @@ class Case:
     """A layer with weights, and an input for it.
 
     Attributes:
-        make: returns a new layer.
+        make: returns a new layer of a name.
         shape: of one sample of its input.
         inputs: how often the layer takes that input (an attention layer: query, value).
         as_list: whether it takes them as a list.
@@ -36,7 +36,7 @@ class Case:
         spoken: what the layer does in this case, where its name does not say it.
     """
 
-    make: Callable[[], layers.Layer]
+    make: Callable[[str], layers.Layer]
     shape: tuple[int, ...]
     inputs: int = 1
     as_list: bool = False
@@ -51,70 +51,72 @@ class Case:
             return generator.integers(0, TOKENS, shape).astype(np.int32)
         return generator.normal(size=shape).astype(np.float32)
 
-    def model(self) -> keras.Model:
-        """The layer, called "layer", between an input and a Dense called "head"."""
+    def model(self, name: str) -> keras.Model:
+        """A model called `name` of the layer, called `layer_<name>`, and a Dense, `head_<name>`."""
         inputs = keras.Input(self.shape, dtype=self.dtype)
-        layer, taken = self.make(), [inputs] * self.inputs
+        layer, taken = self.make(f"layer_{name}"), [inputs] * self.inputs
         outputs = layer(taken) if self.as_list else layer(*taken)
         flat = layers.Flatten()(outputs) if len(outputs.shape) > 2 else outputs
-        return keras.Model(inputs, layers.Dense(2, name="head")(flat), name="net")
+        return keras.Model(inputs, layers.Dense(2, name=f"head_{name}")(flat), name=name)
 
 
-def _adapted() -> layers.Layer:
-    layer = layers.Normalization(name="layer")
+def _adapted(name: str) -> layers.Layer:
+    layer = layers.Normalization(name=name)
     layer.adapt(np.random.default_rng(1).normal(1, 2, (64, 8)).astype(np.float32))
     return layer
 
 
-def _jax_layer() -> layers.Layer:
-    return layers.JaxLayer(_jax_call, _jax_init, name="layer")
+def _jax_layer(name: str) -> layers.Layer:
+    return layers.JaxLayer(_jax_call, _jax_init, name=name)
 
 
+@keras.saving.register_keras_serializable("support_layers")
 def _jax_call(params: Any, inputs: Any) -> Any:
     return inputs @ params
 
 
+@keras.saving.register_keras_serializable("support_layers")
 def _jax_init(rng: Any, inputs: Any) -> Any:
     import jax
 
     return jax.random.normal(rng, (inputs.shape[-1], 6))
 
 
-def _flax_layer() -> layers.Layer:
+def _flax_layer(name: str) -> layers.Layer:
     import flax.linen
 
-    return layers.FlaxLayer(flax.linen.Dense(6), name="layer")
+    return layers.FlaxLayer(flax.linen.Dense(6), name=name)
 
 
-def _torch_module() -> layers.Layer:
+def _torch_module(name: str) -> layers.Layer:
     import torch
 
-    return layers.TorchModuleWrapper(torch.nn.Linear(8, 6), name="layer")
+    return layers.TorchModuleWrapper(torch.nn.Linear(8, 6), name=name)
 
 
-def _saved_function() -> layers.Layer:
+def _saved_function(name: str) -> layers.Layer:
     with tempfile.TemporaryDirectory() as folder:
         model = keras.Sequential([keras.Input((8,)), layers.Dense(6)])
         path = str(Path(folder) / "saved")
         model.export(path, verbose=False)
-        return layers.TFSMLayer(path, call_endpoint="serve", name="layer")
+        return layers.TFSMLayer(path, call_endpoint="serve", name=name)
 
 
 def _of(
-    name: str, *arguments: Any, shape: tuple[int, ...], case: dict[str, Any] | None = None, **kwargs
+    cls: str, *arguments: Any, shape: tuple[int, ...], case: dict[str, Any] | None = None, **kwargs
 ) -> Case:
     return Case(
-        lambda: getattr(layers, name)(*arguments, name="layer", **kwargs), shape, **(case or {})
+        lambda name: getattr(layers, cls)(*arguments, name=name, **kwargs), shape, **(case or {})
     )
 
 
-def _around(name: str, make: Callable[[], Any], shape: tuple[int, ...], spoken: str) -> Case:
+def _around(cls: str, make: Callable[[], Any], shape: tuple[int, ...], spoken: str) -> Case:
     """A layer that holds another."""
-    return Case(lambda: getattr(layers, name)(make(), name="layer"), shape, spoken=spoken)
+    return Case(lambda name: getattr(layers, cls)(make(), name=name), shape, spoken=spoken)
 
 
 def _cell(make: Callable[[], Any]) -> Case:
-    return Case(lambda: layers.RNN(make(), name="layer"), SERIES, spoken="in RNN")
+    return Case(lambda name: layers.RNN(make(), name=name), SERIES, spoken="in RNN")
 
 
 _PAIR = {"inputs": 2, "as_list": True}

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- speed: begin -->", "<!-- speed: end -->"
 Row = dict[str, Any]
 ORDER = ("mlp", "convnet", "nanogpt", "vit_tiny", "wide_block")
 
@@ -86,6 +85,52 @@ def section(folder: Path, device: str) -> str | None:
     return text
 
 
+CHECKS = ("fit", "jit", "mixed_bfloat16", "mixed_float16", "save and load", "LiteRT export")
+NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
+
+
+def support(folder: Path) -> str | None:
+    """One line for each layer, one column for each check, reasons as numbered notes."""
+    file = folder / "support.json"
+    if not file.exists():
+        return None
+    found: dict[str, dict[str, Row]] = {}
+    for row in json.loads(file.read_text())["rows"]:
+        found.setdefault(row["layer"], {})[row["backend"]] = row
+    notes: dict[str, int] = {}
+    lines = []
+    for layer, rows in sorted(found.items()):
+        spoken = next(iter(rows.values()))["spoken"]
+        became = {b: r["quantized"] or f"no: {r['absent']}" for b, r in rows.items()}
+        cells = [_cell({b: _outcome(r, check) for b, r in rows.items()}, notes) for check in CHECKS]
+        lines.append([f"{layer} {spoken}".strip(), _cell(became, notes), *cells])
+    listed = "\n".join(f"{number}. {text}" for text, number in notes.items())
+    return table(["layer", "A4W4", *CHECKS], lines, left=2 + len(CHECKS)) + f"\n\n{listed}"
+
+
+def _outcome(row: Row, check: str) -> str:
+    outcome = row["checks"].get(check)
+    if outcome is None:
+        return f"no: {row['absent'] or 'not run'}"
+    return (outcome["note"] or "yes") if outcome["works"] else f"no: {outcome['note']}"
+
+
+def _cell(values: dict[str, str], notes: dict[str, int]) -> str:
+    """One word where all backends agree, and otherwise one for each."""
+    short = {b: _short(values.get(b, "not run"), notes) for b in NAMES}
+    if len(set(short.values())) == 1:
+        return short["jax"]
+    return ", ".join(f"{NAMES[backend]}: {text}" for backend, text in short.items())
+
+
+def _short(text: str, notes: dict[str, int]) -> str:
+    word, colon, reason = text.partition(": ")
+    if not colon:
+        return text
+    reason = re.sub(r"\x1b\[\d+m|\s+", " ", reason).replace("|", "/").strip()[:240]
+    return f"{word} [{notes.setdefault(reason, len(notes) + 1)}]"
+
+
 def main() -> None:
     """Prints the tables, or writes them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,14 +139,19 @@ def main() -> None:
     options = parser.parse_args()
     sections = [section(options.folder, device) for device in ("cpu", "gpu")]
     text = "\n\n".join(found for found in sections if found is not None)
-    if options.write is None:
-        print(text)
-        return
-    readme = options.write.read_text()
-    marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
-    if not marked.search(readme):
-        parser.error(f"{options.write} has no {BEGIN} ... {END}.")
-    options.write.write_text(marked.sub(lambda _: f"{BEGIN}\n{text}\n{END}", readme))
+    for name, found in (("speed", text), ("support", support(options.folder))):
+        if found is None:
+            continue
+        if options.write is None:
+            print(found)
+            continue
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        readme = options.write.read_text()
+        marked = re.compile(f"{begin}.*{end}", re.DOTALL)
+        if not marked.search(readme):
+            parser.error(f"{options.write} has no {begin} ... {end}.")
+        whole = f"{begin}\n{found}\n{end}"
+        options.write.write_text(marked.sub(lambda _, whole=whole: whole, readme))
 
 
 if __name__ == "__main__":

@@ -146,10 +146,15 @@ class Rule:
         config = {"version": _VERSION, **config} if isinstance(config, dict) else config
         fields = _checked_fields(config, "a rule", names)
         match = fields.pop("match")
-        if not isinstance(match, dict) or set(match) not in ({"path"}, {"class"}):
+        is_known = isinstance(match, dict) and set(match) in ({"path"}, {"class"})
+        if not is_known or not all(isinstance(text, str) for text in match.values()):
             raise ValueError(
                 "The 'match' of a saved rule must be {'path': pattern} or {'class': name}. "
                 f"Received: {match!r}"
+            )
+        if not isinstance(fields["skip"], bool):
+            raise ValueError(
+                f"The 'skip' of a saved rule must be true or false. Received: {fields['skip']!r}"
             )
         found = match["path"] if "path" in match else _ClassNamed(match["class"])
         operands = ("weights", "activations", "matmuls")
@@ -273,6 +278,10 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> QuantizationPolicy:
         names = ("weights", "activations", "matmuls", "rules", "forward")
         fields = _checked_fields(config, "a policy", names)
+        if not isinstance(fields["rules"], (list, tuple)):
+            raise ValueError(
+                f"The 'rules' of a saved policy must be a list. Received: {fields['rules']!r}"
+            )
         added = _ADDED_TO_RULES.get(config["version"], {})
         return cls(
             weights=_deserialize(fields["weights"]),
@@ -342,28 +351,37 @@ def _serialize(quantizer: Quantizer | EllipsisType | None) -> Any:
 def _deserialize(config: Any) -> Any:
     if config == "inherit":
         return ...
-    try:
-        quantizer = None if config is None else keras.saving.deserialize_keras_object(config)
-    except Exception as error:  # whatever Keras, or a quantizer of unknown fields, makes of it
+    if config is None:
+        return None
+    # Nothing but classes that are registered already: Keras would import modules and, where a user
+    # has switched its safe mode off, unpickle functions.
+    name = config.get("registered_name") if isinstance(config, dict) else None
+    cls = keras.saving.get_registered_object(name) if isinstance(name, str) else None
+    if not (isinstance(cls, type) and issubclass(cls, Quantizer)):
         raise ValueError(
-            f"A saved quantizer could not be read. Received: {config!r}. Its class or one of its "
-            "fields is unknown to this release of keras_rq, or the class is your own: then import "
-            "the module that registers it first."
+            f"A saved quantizer could not be read. Received: {config!r}. Its class is no quantizer "
+            "that this release of keras_rq knows. If it is your own, import the module that "
+            "registers it with Keras first."
+        )
+    try:
+        return cls.from_config(dict(config["config"]))
+    except Exception as error:  # whatever a quantizer makes of unknown or missing fields
+        raise ValueError(
+            f"A saved quantizer could not be read. Received: {config!r}. One of its fields is "
+            f"unknown to this release of keras_rq, or missing, or has a wrong value: {error}"
         ) from error
-    if quantizer is not None and not isinstance(quantizer, Quantizer):
-        raise ValueError(f"A saved quantizer was expected. Received: {config!r}")
-    return quantizer
 
 
 def _checked_fields(config: Any, what: str, names: Sequence[str]) -> dict[str, Any]:
     version = config.get("version") if isinstance(config, dict) else config
-    if version in _ADDED:
+    if isinstance(version, int) and version in _ADDED:
         added = {name: value for name, value in _ADDED[version].items() if name in names}
         config, version = {**added, **config}, _VERSION
     if version != _VERSION:
         raise ValueError(
-            f"The saved form of {what} must have version {_VERSION}. Received: version={version!r}."
-            " It was written by another release of keras_rq."
+            f"The saved form of {what} must have a version from 1 to {_VERSION}. Received: "
+            f"version={version!r}. Load it with the release of keras_rq that wrote it, or a newer "
+            "one."
         )
     fields = {name: value for name, value in config.items() if name != "version"}
     if set(fields) != set(names):

@@ -348,18 +348,8 @@ def test_a_saved_layer_with_an_unknown_quantizer_is_one_clear_error():
         keras.models.model_from_json(text)
 
 
-def test_loading_runs_no_code(tmp_path):
-    """Neither names of functions, nor modules, nor pickled lambdas are followed."""
+def test_loading_a_rule_imports_nothing(tmp_path):
     mark = tmp_path / "ran"
-    touch = {"class_name": "touch", "module": "pathlib.Path", "config": str(mark)}
-    call = {"class_name": "system", "module": "os", "config": f"touch {mark}"}
-    function = {"class_name": "function", "module": "os", "config": "system"}
-    payload = keras.saving.serialize_keras_object(lambda: mark.touch())
-    assert payload["class_name"] == "__lambda__"
-    for attack in (touch, call, function, payload):
-        for config in (broken(weights=attack), broken(activations=attack)):
-            with pytest.raises(ValueError, match="saved quantizer"):
-                LayerQuantization.from_config(config)
     (tmp_path / "evil.py").write_text(f"import pathlib; pathlib.Path({str(mark)!r}).touch()")
     rule = {**RULE, "match": {"class": "evil.Layer"}}
     config = {**rq.QuantizationPolicy("A4W1").get_config(), "rules": [rule]}

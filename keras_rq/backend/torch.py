@@ -171,7 +171,8 @@ def eagerly() -> Any:
 
 def where_traced() -> Any:
     """Equal at two places whose tensors may be used for each other; None: nowhere else."""
-    is_compiling = _IN_GRAPH.get() or torch.compiler.is_compiling()
+    # In this order: a compiler knows that it compiles, and cannot read a ContextVar.
+    is_compiling = torch.compiler.is_compiling() or _IN_GRAPH.get()
     return None if is_compiling else (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
 
 

@@ -37,10 +37,10 @@ class QuantizedLayer:
     quantization: LayerQuantization
     kernel_names: ClassVar[tuple[str, ...]] = ("kernel",)  # of the products
 
-    def __init__(self, *args: Any, quantization: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, quantization: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(quantization, dict):
-            quantization = LayerQuantization.from_config(quantization)
+        if not isinstance(quantization, LayerQuantization):
+            quantization = read_quantization(self.name, quantization)
         self.take_quantization(quantization)
 
     def take_quantization(self, quantization: LayerQuantization) -> None:
@@ -316,6 +316,22 @@ class QuantizedLayer:
                 bias = ops.reshape(bias, shape)
             outputs = ops.add(outputs, bias)
         return outputs if self.activation is None else self.activation(outputs)
+
+
+def read_quantization(name: str, saved: Any) -> LayerQuantization:
+    """The quantization that the configuration of a layer holds.
+
+    Args:
+        name: of the layer.
+        saved: what `LayerQuantization.get_config` returned.
+
+    Raises:
+        ValueError: names the layer and what is wrong.
+    """
+    try:
+        return LayerQuantization.from_config(saved)
+    except ValueError as error:
+        raise ValueError(f"Layer {name!r}, as it is saved: {error}") from error
 
 
 class LabelledCount(int):

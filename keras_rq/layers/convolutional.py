@@ -17,6 +17,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.src import backend as keras_backend
 
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.layers.products import Convolution, Depthwise, Product, TransposedConvolution
@@ -168,4 +169,7 @@ def pad_input(
             total = (-(-size // stride) - 1) * stride + reach + 1 - size
             total = max(total, 0) if isinstance(total, int) else ops.maximum(total, 0)
         pads[first + i] = [total // 2, total - total // 2]
-    return inputs if all(pad == [0, 0] for pad in pads) else ops.pad(inputs, pads)
+    if all(pad == [0, 0] for pad in pads):
+        return inputs
+    # `ops.pad` gives each of its calls a name, at which the graphs of `torch.compile` end.
+    return keras_backend.numpy.pad(inputs, pads)

@@ -13,7 +13,7 @@ import keras
 from keras import ops
 from keras.src.backend.common import global_state
 
-from keras_rq.layers.base import QuantizedLayer, is_quantized
+from keras_rq.layers.base import QuantizedLayer, is_quantized, read_quantization
 from keras_rq.layers.products import Einsum, KernelOnly, MatMul, Product
 from keras_rq.layers.registry import (
     float_class,
@@ -23,7 +23,6 @@ from keras_rq.layers.registry import (
     supported_layers,
 )
 from keras_rq.layers.sharing import once_per_call
-from keras_rq.policy import LayerQuantization
 
 Description = str | int | tuple[int, ...] | Product | Callable[[Any], Any]
 
@@ -238,7 +237,7 @@ class _OwnCall(QuantizedLayer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> keras.layers.Layer:
         config = dict(config)
-        quantization = LayerQuantization.from_config(config.pop("quantization"))
+        quantization = read_quantization(config.get("name"), config.pop("quantization", None))
         layer = float_class(cls).from_config(config)
         _become(layer, cls)
         layer.take_quantization(quantization)

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras.src.models.functional import Functional
 
-from keras_rq.layers.base import LabelledCount, QuantizedLayer
+from keras_rq.layers.base import LabelledCount, QuantizedLayer, read_quantization
 from keras_rq.layers.registry import container_mixins, float_class, quantized_class
 from keras_rq.policy import LayerQuantization
 
@@ -133,11 +133,27 @@ class QuantizedContainer:
 def _opened(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What is inside an envelope, and what is quantized there."""
     rest = dict(config)
-    inner, quantized = rest.pop("inner"), rest.pop("quantized")
+    inner, quantized = rest.pop("inner", None), rest.pop("quantized", None)
+    if not (isinstance(inner, dict) and isinstance(inner.get("config"), dict)):
+        raise ValueError(
+            "A saved container of quantized layers must have 'inner', the layer as Keras saves it. "
+            f"Received: inner={inner!r}"
+        )
+    if not (isinstance(quantized, dict) and all(map(_is_entry, quantized.items()))):
+        raise ValueError(
+            f"The saved layer {inner['config'].get('name')!r} ({inner.get('class_name')}) must "
+            "have 'quantized': by position among its layers, each one's 'class' and quantization. "
+            f"Received: quantized={quantized!r}"
+        )
     if rest:
         # Bidirectional renames the layers that it copies, and turns one of them around.
         inner = {**inner, "config": {**inner["config"], **rest}}
     return inner, quantized
+
+
+def _is_entry(entry: tuple[Any, Any]) -> bool:
+    position, saved = entry
+    return str(position).isdecimal() and isinstance(saved, dict) and "class" in saved
 
 
 def _restore(
@@ -156,4 +172,4 @@ def _restore(
             "Load the file with the code that saved it."
         )
     if not isinstance(child, QuantizedLayer):
-        attach(child, LayerQuantization.from_config(saved))
+        attach(child, read_quantization(child.path, saved))

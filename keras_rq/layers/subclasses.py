@@ -59,7 +59,7 @@ def _objections(cls: type, base: type) -> Iterator[str]:
     for codes in map(codes_of, own):
         for method, code in codes.items():
             yield from _objections_to(method, code, parent.kernel_names)
-        for method in sorted(set(codes) & _computes(base)):
+        for method in sorted((set(codes) & _computes(base)).difference(parent.kernel_names)):
             yield from _objections_to_override(method, codes[method], hooks)
     replaced = {name for one in own for name in vars(one)} & set(parent.kernel_names)
     yield from (f"that replaces its {name!r}" for name in sorted(replaced))

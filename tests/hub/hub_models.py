@@ -69,7 +69,9 @@ def gpt2() -> Journey:
         dropout=0.0, max_sequence_length=TOKENS,
     )  # fmt: skip
     x = _tokens()
-    return Journey(models.GPT2CausalLM(backbone), x, np.roll(x["token_ids"], -1, 1), _cross_entropy())
+    return Journey(
+        models.GPT2CausalLM(backbone), x, np.roll(x["token_ids"], -1, 1), _cross_entropy()
+    )
 
 
 def gemma() -> Journey:
@@ -124,7 +126,9 @@ def deeplab() -> Journey:
         image_shape=(PIXELS, PIXELS, 3),
     )  # fmt: skip
     model = models.DeepLabV3ImageSegmenter(backbone, num_classes=CLASSES)
-    return Journey(model, _numbers(PIXELS, PIXELS, 3), _integers(CLASSES, PIXELS, PIXELS), _cross_entropy())
+    return Journey(
+        model, _numbers(PIXELS, PIXELS, 3), _integers(CLASSES, PIXELS, PIXELS), _cross_entropy()
+    )
 
 
 def segformer() -> Journey:
@@ -135,7 +139,9 @@ def segformer() -> Journey:
     )  # fmt: skip
     backbone = models.SegFormerBackbone(encoder, projection_filters=8)
     model = models.SegFormerImageSegmenter(backbone, num_classes=CLASSES)
-    return Journey(model, _numbers(PIXELS, PIXELS, 3), _integers(CLASSES, PIXELS, PIXELS), _cross_entropy())
+    return Journey(
+        model, _numbers(PIXELS, PIXELS, 3), _integers(CLASSES, PIXELS, PIXELS), _cross_entropy()
+    )
 
 
 def mmdit() -> Journey:
@@ -146,8 +152,10 @@ def mmdit() -> Journey:
         latent_shape=(4, 4, 4), context_shape=(5, 8), pooled_projection_shape=(6,),
     )  # fmt: skip
     x = {
-        "latent": _numbers(4, 4, 4), "context": _numbers(5, 8),
-        "pooled_projection": _numbers(6), "timestep": np.linspace(0, 9, BATCH)[:, None].astype("float32"),
+        "latent": _numbers(4, 4, 4),
+        "context": _numbers(5, 8),
+        "pooled_projection": _numbers(6),
+        "timestep": np.linspace(0, 9, BATCH)[:, None].astype("float32"),
     }
     return Journey(model, x, _numbers(4, 4, 4), keras.losses.MeanSquaredError())
 

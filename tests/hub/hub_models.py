@@ -20,10 +20,7 @@ class Journey(NamedTuple):
     model: keras.Model
     x: Any
     y: np.ndarray
-    loss: Any
-
-    def predict(self, model: keras.Model | None = None) -> np.ndarray:
-        return keras.ops.convert_to_numpy((model or self.model)(self.x, training=False))
+    loss: keras.losses.Loss
 
 
 def _cross_entropy() -> keras.losses.Loss:
@@ -65,7 +62,7 @@ def bert_masked() -> Journey:
 
 def gpt2() -> Journey:
     backbone = models.GPT2Backbone(
-        vocabulary_size=VOCABULARY, num_layers=2, num_heads=2, hidden_dim=8, intermediate_dim=16,
+        vocabulary_size=VOCABULARY, num_layers=1, num_heads=2, hidden_dim=8, intermediate_dim=16,
         dropout=0.0, max_sequence_length=TOKENS,
     )  # fmt: skip
     x = _tokens()
@@ -76,7 +73,7 @@ def gpt2() -> Journey:
 
 def gemma() -> Journey:
     backbone = models.GemmaBackbone(
-        vocabulary_size=VOCABULARY, num_layers=2, num_query_heads=2, num_key_value_heads=1,
+        vocabulary_size=VOCABULARY, num_layers=1, num_query_heads=2, num_key_value_heads=1,
         hidden_dim=8, intermediate_dim=16, head_dim=4, final_logit_soft_cap=30.0,
     )  # fmt: skip
     x = _tokens()
@@ -148,7 +145,7 @@ def mmdit() -> Journey:
     from keras_hub.src.models.stable_diffusion_3.mmdit import MMDiT
 
     model = MMDiT(
-        patch_size=2, hidden_dim=8, num_layers=2, num_heads=2, position_size=8, qk_norm="rms_norm",
+        patch_size=2, hidden_dim=8, num_layers=1, num_heads=2, position_size=8, qk_norm="rms_norm",
         latent_shape=(4, 4, 4), context_shape=(5, 8), pooled_projection_shape=(6,),
     )  # fmt: skip
     x = {

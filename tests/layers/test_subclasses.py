@@ -248,7 +248,7 @@ def test_a_class_that_is_not_what_it_was_when_saved_is_named():
     saved["config"]["keras_class"] = {"class_name": "Alone", "module": __name__}
     register(Alone)
     saved["config"]["keras_class"]["registered_name"] = "alike>Alone"
-    with pytest.raises(ValueError, match="Alone.* as it is now is not known"):
+    with pytest.raises(ValueError, match=r"Alone.* as it is now is not known"):
         keras.saving.deserialize_keras_object(saved)
 
 

@@ -13,7 +13,12 @@ from keras_rq.layers.convolutional import (
     QuantizedSeparableConv1D,
     QuantizedSeparableConv2D,
 )
-from keras_rq.layers.core import QuantizedDense, QuantizedEinsumDense, QuantizedEmbedding
+from keras_rq.layers.core import (
+    QuantizedDense,
+    QuantizedEinsumDense,
+    QuantizedEmbedding,
+    QuantizedReversibleEmbedding,
+)
 from keras_rq.layers.matmuls import (
     Einsum,
     Matmul,
@@ -30,6 +35,7 @@ from keras_rq.layers.recurrent import (
 )
 from keras_rq.layers.registration import multiply, register_layer
 from keras_rq.layers.registry import quantized_class, supported_layers
+from keras_rq.layers.subclasses import QuantizedSubclass
 
 __all__ = [
     "Einsum",
@@ -53,9 +59,11 @@ __all__ = [
     "QuantizedLayer",
     "QuantizedMatmul",
     "QuantizedMultiHeadAttention",
+    "QuantizedReversibleEmbedding",
     "QuantizedSeparableConv1D",
     "QuantizedSeparableConv2D",
     "QuantizedSimpleRNNCell",
+    "QuantizedSubclass",
     "multiply",
     "quantized_class",
     "register_layer",

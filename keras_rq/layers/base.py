@@ -120,11 +120,14 @@ class QuantizedLayer:
         """What computes the products instead, while an exporter traces or observes the layer."""
         return self.__dict__.get("_rq_lowered")
 
-    def multiply(self, name: str, x: Any) -> Any:
-        """The product of an input and the kernel called `name`, both quantized."""
+    def multiply(self, name: str, x: Any, product: Product | None = None) -> Any:
+        """The product of an input and the kernel called `name`, both quantized.
+
+        `product` says what it is where that is not the one of `products`.
+        """
         self.note_product(name)
         if (lowered := self.lowered) is not None:
-            return lowered(name, self.products()[name], x)
+            return lowered(name, product or self.products()[name], x)
         return self.multiply_quantized(name, x)
 
     def note_product(self, name: str) -> None:

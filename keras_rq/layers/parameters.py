@@ -130,6 +130,15 @@ def release(layer: QuantizedLayer) -> None:
     layer.__dict__.pop("_rq_parameters", None)
 
 
+def release_inputs(layer: QuantizedLayer) -> list[Any]:
+    """Takes the variables of its inputs from a layer, and returns them."""
+    kept, released = layer.__dict__["_rq_parameters"], inputs_of(layer)
+    for variable in released:
+        layer._untrack_variable(variable)
+    kept.update({name: OfKernel(of.weights, {}) for name, of in kept.items()})
+    return released
+
+
 @contextmanager
 def aside(layer: QuantizedLayer) -> Iterator[None]:
     """Hides the variables from the Keras class while it saves or loads its own."""

@@ -332,6 +332,32 @@ class Lookup(Product):
 
 
 @dataclass(frozen=True)
+class ReversedLookup(Product):
+    """`(..., K) x (N, K)`: every row of a table is multiplied; blocks run along each row."""
+
+    input_axes: tuple[int, ...] = (-1,)
+    input_shared: tuple[int, ...] = ()
+    kernel_axes: tuple[int, ...] = (-1,)
+    kernel_shared: tuple[int, ...] = ()
+
+    is_matmul = True
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return ops.matmul(x, ops.transpose(kernel))
+
+    def kernel_as_matrix(self, kernel: Any) -> Any:
+        """The kernel as `(K, N)`."""
+        return kernel.T if isinstance(kernel, np.ndarray) else ops.transpose(kernel)
+
+    def input_as_matrix(self, x: Any, kernel_shape: Shape) -> tuple[Any, Callable[[Any], Any]]:
+        """The input as `(..., K)`, and what makes the layer's output of the product `(..., N)`."""
+        return x, lambda product: product
+
+    def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
+        return _count(input_shape[1:])  # of indices: as often as rows are looked up
+
+
+@dataclass(frozen=True)
 class KernelOnly(Product):
     """A kernel that a layer multiplies by means of its own; the other operand stays in float."""
 

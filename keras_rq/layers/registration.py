@@ -116,13 +116,13 @@ def register_layer(
         )
     if like is not None:
         _check_like(keras_layer_class, like)
-        parent = quantized_class(like)
-        names, bases, of_layer = parent.kernel_names, (parent,), parent.products
+        made = class_like(OwnCall, keras_layer_class, quantized_class(like))
     else:
         described = _check_products(products)
-        names, bases = tuple(described), ()
         of_layer = functools.partialmethod(_products, described)
-    _define(keras_layer_class, bases, {"products": of_layer, "kernel_names": names})
+        body = {"products": of_layer, "kernel_names": tuple(described)}
+        made = _quantized(keras_layer_class, (OwnCall, keras_layer_class), body)
+    quantizes(keras_layer_class)(made)
     return keras_layer_class
 
 
@@ -174,7 +174,7 @@ def _running() -> dict[int, _Reads]:
     return found
 
 
-class _OwnCall(QuantizedLayer):
+class OwnCall(QuantizedLayer):
     """A quantized layer that runs the `call` of the class it was made from."""
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -280,15 +280,19 @@ def _as_stored(layer: keras.layers.Layer) -> Iterator[None]:
         reads.as_stored = before
 
 
-def _define(original: type, bases: tuple[type, ...], body: dict[str, Any]) -> None:
-    """Makes the quantized class of a user's layer class, and registers it."""
+def class_like(mixin: type, original: type, parent: type) -> type:
+    """The quantized class of a subclass whose products are those of `parent`, a quantized class."""
+    body = {"products": parent.products, "kernel_names": parent.kernel_names}
+    return _quantized(original, (mixin, original, parent), body)
+
+
+def _quantized(original: type, bases: tuple[type, ...], body: dict[str, Any]) -> type:
     # Keras asks for the signature, which is that of the user's `call`.
-    call = functools.wraps(original.call)(lambda self, *a, **k: _OwnCall.call(self, *a, **k))
+    call = functools.wraps(original.call)(lambda self, *a, **k: OwnCall.call(self, *a, **k))
     kernels = {name: _Kernel(original, name) for name in body["kernel_names"]}
     body = {"__module__": __name__, "call": call, **kernels, **body}
     # Two packages may have classes of one name.
-    name = f"Quantized{keras.saving.get_registered_name(original)}"
-    quantizes(original)(type(name, (_OwnCall, original, *bases), body))
+    return type(f"Quantized{keras.saving.get_registered_name(original)}", bases, body)
 
 
 def _become(layer: keras.layers.Layer, cls: type) -> None:
@@ -329,13 +333,13 @@ def _check_class(cls: Any) -> None:
     if issubclass(cls, QuantizedLayer):
         raise ValueError(f"{cls.__name__} is a quantized class itself. Register its Keras class.")
     known = quantized_class(cls)
-    if known is not None and not issubclass(known, _OwnCall):
+    if known is not None and not issubclass(known, OwnCall):
         raise ValueError(f"keras_rq knows {cls.__name__} already.")
 
 
 def _check_like(cls: type, like: Any) -> None:
     names = ", ".join(sorted(known.__name__ for known in supported_layers()))
-    if not isinstance(like, type) or quantized_class(like) is None:
+    if not isinstance(like, type) or like not in supported_layers():
         raise ValueError(f"`like` must be one of {names}. Received: like={like!r}")
     if not issubclass(cls, like) or cls is like:
         raise ValueError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 _CLASSES: dict[type, type] = {}
+_DERIVED: dict[type, type | None] = {}  # of subclasses that nobody registered; None: not alike
+_derive: Callable[[type], type | None] = lambda keras_class: None  # noqa: E731
 _AROUND: dict[type, type] = {}
 
 
@@ -20,12 +23,28 @@ def quantizes(keras_class: type):
 
     def register(cls: type) -> type:
         keras.saving.register_keras_serializable("keras_rq", cls.__name__)(cls)
-        cls.__name__ = keras_class.__name__
-        cls._rq_keras_class = keras_class
-        _CLASSES[keras_class] = cls
+        _CLASSES[keras_class] = stands_for(keras_class)(cls)
+        _DERIVED.clear()
         return cls
 
     return register
+
+
+def stands_for(keras_class: type):
+    """Class decorator: gives a quantized class the name of the class whose place it takes."""
+
+    def name(cls: type) -> type:
+        cls.__name__ = keras_class.__name__
+        cls._rq_keras_class = keras_class
+        return cls
+
+    return name
+
+
+def derives(function: Callable[[type], type | None]) -> None:
+    """Sets what makes the quantized counterparts of subclasses that nobody registered."""
+    global _derive
+    _derive = function
 
 
 def contains(keras_class: type):
@@ -45,7 +64,11 @@ def container_mixins(keras_class: type) -> tuple[type, ...]:
 
 def quantized_class(keras_class: type) -> type | None:
     """The quantized counterpart of exactly this Keras class."""
-    return _CLASSES.get(keras_class)
+    if keras_class in _CLASSES:
+        return _CLASSES[keras_class]
+    if keras_class not in _DERIVED:
+        _DERIVED[keras_class] = _derive(keras_class)
+    return _DERIVED[keras_class]
 
 
 def float_class(cls: type) -> type:
@@ -60,20 +83,20 @@ def supported_layers() -> list[type]:
 
 def products_of(layer: keras.layers.Layer) -> dict[str, Any]:
     """The products of a layer, quantized or not, by kernel attribute; {} for unknown classes."""
-    cls = _CLASSES.get(type(layer), type(layer))
+    cls = quantized_class(type(layer)) or type(layer)
     # `products` reads only attributes of the Keras class, so a float layer can stand in for self.
     return cls.products(layer) if hasattr(cls, "products") else {}
 
 
 def pairs_of(layer: keras.layers.Layer) -> dict[str, Any]:
     """The products of two activations of a layer, quantized or not; {} for unknown classes."""
-    cls = _CLASSES.get(type(layer), type(layer))
+    cls = quantized_class(type(layer)) or type(layer)
     return cls.pairs(layer) if hasattr(cls, "pairs") else {}
 
 
 def output_shape_of(layer: keras.layers.Layer) -> tuple[int | None, ...] | None:
     """Shape of what a layer with products returns; None where it does not say."""
-    cls = _CLASSES.get(type(layer), type(layer))
+    cls = quantized_class(type(layer)) or type(layer)
     try:
         return cls.output_shape_of(layer, built_shape(layer))
     except NotImplementedError:  # a layer of a user's own

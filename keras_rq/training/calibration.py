@@ -19,11 +19,13 @@ from keras.src.trainers.data_adapters import data_adapter_utils
 from keras_rq import backend
 from keras_rq.layers import parameters
 from keras_rq.layers.base import QuantizedLayer, all_lowered_by, is_quantized
+from keras_rq.training import optimizers
 from keras_rq.training.guards import remove_guards
 from keras_rq.training.observers import METHODS, Observer, observable
 from keras_rq.training.surgery import forget_compiled_functions
 
 _Observers = dict[tuple[int, str], Observer]
+_LOOKED_UP = ""  # in place of a kernel's name
 
 
 def calibrate(
@@ -39,6 +41,8 @@ def calibrate(
 
     Inputs with `calibration="static"` get a fixed range and dequantizer, inputs of quantizers that
     learn get their first range. Everything else stays as it is. Calling it again starts anew.
+
+    A table that the data only looks up, and never multiplies, has no input to quantize.
 
     Calibrate a model that has been trained in float: activations grow in the first steps of
     training, a static range does not follow, and a learned one slowly.
@@ -82,8 +86,8 @@ def calibrate(
         for batch in _progress(_batches(model, data, batch_size), batches, verbose):
             model(batch, training=False)
     found = _found(layers, observers, method)
-    for layer in layers:
-        _assign(layer, found)
+    dropped = [variable for layer in layers for variable in _assign(layer, found[layer])]
+    optimizers.renew(model, dropped)
     remove_guards(model)
     for layer in model._flatten_layers():
         forget_compiled_functions(layer)
@@ -112,7 +116,9 @@ def _observing(layer: QuantizedLayer, observers: _Observers) -> Callable[..., An
 
     def observe(name: str, product: Any, x: Any) -> Any:
         x = ops.convert_to_tensor(x)
-        if parameters.of_kernel(layer, name).inputs:
+        if not product.input_axes:  # of a table that others may also multiply
+            observers.setdefault((id(layer), _LOOKED_UP), Observer())
+        elif parameters.of_kernel(layer, name).inputs:
             values = observable(quantizer, x, product.input_blocks(quantizer))
             if not np.isfinite(values).all():
                 raise ValueError(
@@ -138,6 +144,9 @@ def _found(
     for layer in layers:
         names = [name for name in layer.products() if parameters.of_kernel(layer, name).inputs]
         missing = [name for name in names if (id(layer), name) not in observers]
+        if missing and (id(layer), _LOOKED_UP) in observers:
+            found[layer] = {}
+            continue
         if missing:
             raise ValueError(
                 f"Layer {layer.path!r} has seen no data: the model does not call it on this data, "
@@ -152,11 +161,18 @@ def _found(
     return found
 
 
-def _assign(layer: QuantizedLayer, found: dict[QuantizedLayer, dict[str, dict[str, Any]]]) -> None:
-    for name, values in found[layer].items():
+def _assign(layer: QuantizedLayer, found: dict[str, dict[str, Any]]) -> list[Any]:
+    """Gives the variables of inputs their values; returns those that the layer has no more."""
+    if not found:
+        # The table of a text classifier, say, which has no use for the way back to tokens.
+        dropped = parameters.release_inputs(layer)
+        layer.take_quantization(layer.quantization.without_input)
+        return dropped
+    for name, values in found.items():
         for key, variable in parameters.of_kernel(layer, name).inputs.items():
             variable.assign(values[key])
     layer.mark_calibrated()
+    return []
 
 
 def _check(model: Any, method: str | None, batches: int | None) -> list[QuantizedLayer]:

@@ -44,6 +44,8 @@ def enclose(layer: keras.layers.Layer) -> None:
     original = type(layer)
     if original not in _envelopes:
         body = {"__module__": __name__, "_rq_original": original}
+        if hasattr(original, "save_to_preset"):
+            body["save_to_preset"] = _refuse_preset
         bases = (_Envelope, *container_mixins(original), original)
         envelope = type(original.__name__, bases, body)
         # One registered name for every envelope; what it holds says which class is inside.
@@ -71,6 +73,14 @@ def detach(layer: keras.layers.Layer) -> None:
     if isinstance(layer, QuantizedLayer):
         layer.drop_quantization()
         swap_class(layer, float_class(type(layer)))
+
+
+def _refuse_preset(layer: keras.layers.Layer, *args: Any, **kwargs: Any) -> None:
+    """KerasHub builds a task from its preset without asking what was saved: heads would be lost."""
+    raise ValueError(
+        f"{layer.name!r} is quantized by keras_rq, and a KerasHub preset describes float models. "
+        "Write model.save('model.keras'), or keras_rq.dequantize(model) before save_to_preset()."
+    )
 
 
 class _Envelope:

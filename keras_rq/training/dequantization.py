@@ -28,9 +28,7 @@ def dequantize(model: keras.layers.Layer, baked: bool) -> None:
     guards.remove_guards(model)
     for layer in model._flatten_layers():
         containers.detach(layer)
-    for one in model._flatten_layers():
-        if isinstance(one, keras.Model) and (new := optimizers.renewed(one, dropped)) is not None:
-            one.optimizer = new
+    optimizers.renew(model, dropped)
     forget_compiled_functions(model)
 
 

@@ -9,6 +9,18 @@ from typing import Any
 import keras
 
 
+def renew(model: keras.layers.Layer, dropped: Collection[Any]) -> None:
+    """Gives a model, and the models inside it, optimizers for the variables that they have now.
+
+    Args:
+        model: any Keras model or layer.
+        dropped: variables that it had until now.
+    """
+    for one in model._flatten_layers():
+        if isinstance(one, keras.Model) and (new := renewed(one, dropped)) is not None:
+            one.optimizer = new
+
+
 def renewed(model: keras.Model, dropped: Collection[Any] = ()) -> Any:
     """An optimizer for the variables that a model has now, if the one it has knows other ones.
 

@@ -17,13 +17,7 @@ from keras_rq import backend
 from keras_rq.layers.base import QuantizedLayer, is_quantized
 from keras_rq.layers.integer import reason_for_float
 from keras_rq.layers.products import Convolution
-from keras_rq.layers.registry import (
-    owns_weights,
-    pairs_of,
-    products_of,
-    quantized_class,
-    supported_layers,
-)
+from keras_rq.layers.registry import owns_weights, pairs_of, products_of, quantized_class
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
 from keras_rq.training import containers, guards, optimizers, unreached
 
@@ -178,13 +172,14 @@ def _reason_for_float(
     filters: Filters,
 ) -> str | None:
     if quantized_class(type(layer)) is None:
-        return _reason_for_unknown(layer)
+        return unreached.reason_for_unknown(layer)
     if not _passes(layer, filters):
         return "excluded by `filters`"
     if quantization.weights is None and quantization.activations is None:
         return f"{rule or 'the policy'} leaves it in float"
-    if isinstance(layer, keras.layers.Embedding) and quantization.weights is None:
-        return "the policy quantizes activations only, and an Embedding has none"
+    has_input = any(product.input_axes for product in products_of(layer).values())
+    if quantization.weights is None and not has_input:
+        return f"the policy quantizes activations only, and {type(layer).__name__} multiplies none"
     return None
 
 
@@ -193,25 +188,6 @@ def _reason_around(containers_of_layer: list[keras.layers.Layer]) -> str | None:
         if getattr(outer, "use_cudnn", None) is True:
             return f"{outer.name!r} asks for use_cudnn=True, and cuDNN quantizes no operands"
     return None
-
-
-def _reason_for_unknown(layer: keras.layers.Layer) -> str:
-    name = type(layer).__name__
-    base = next((c for c in supported_layers() if isinstance(layer, c)), None)
-    if base is not None:
-        return (
-            f"{name} is a subclass of {base.__name__}, and its own call() may do more than a "
-            f"product; keras_rq.register_layer({name}, like=keras.layers.{base.__name__}) says "
-            "that it is like one"
-        )
-    if all(len(variable.shape) <= 1 for variable in layer._trainable_variables):
-        return "multiplies no matrix"  # normalization and the like: float by design
-    if type(layer).__module__.startswith("keras."):
-        return f"{name} has no quantized counterpart"
-    return (
-        f"{name} is not known; keras_rq.register_layer({name}, products=...) says which kernels "
-        "it multiplies"
-    )
 
 
 def _passes(layer: keras.layers.Layer, filters: Filters) -> bool:
@@ -336,6 +312,8 @@ def forget_compiled_functions(model: keras.layers.Layer) -> None:
     for layer in model._flatten_layers():
         if isinstance(layer, keras.Model):
             layer.train_function = layer.test_function = layer.predict_function = None
+        if hasattr(layer, "generate_function"):  # where KerasHub's tasks keep theirs
+            layer.generate_function = None
     backend.forget_traces()
 
 

@@ -1,19 +1,42 @@
-"""Which products of activations a policy cannot reach: those that a layer computes by itself."""
+"""Why a layer, or what it multiplies by itself, stays in float: what a policy cannot reach."""
 
 from __future__ import annotations
 
-import dis
-from collections.abc import Iterator
-from types import CodeType
+from collections.abc import Collection
 
 import keras
 
+from keras_rq.layers.bytecode import codes_of, operations_in
 from keras_rq.layers.registry import quantized_class
+from keras_rq.layers.subclasses import PRODUCTS, base_of, reason_against
 
 _FUSED = "dot_product_attention"
-_PRODUCTS = {_FUSED, "matmul", "einsum", "tensordot"}
-_BY_SELF = ("LOAD_FAST", "LOAD_DEREF")  # what may load `self`
+_OF_ACTIVATIONS = {_FUSED, "matmul", "einsum", "tensordot"}
 _OF_KERAS = (keras.layers.Attention, keras.layers.AdditiveAttention, keras.layers.Dot)
+
+
+def reason_for_unknown(layer: keras.layers.Layer) -> str:
+    """Why the weights of a layer stay in float whose class has no quantized counterpart."""
+    name = type(layer).__name__
+    if base_of(type(layer)) is not None:
+        return reason_against(type(layer))
+    tables = [v for v in layer._trainable_variables if len(v.shape) > 1]
+    if not tables:
+        return "multiplies no matrix"  # normalization and the like: float by design
+    if type(layer).__module__.startswith("keras."):
+        return f"{name} has no quantized counterpart"
+    if _operations(layer, PRODUCTS):
+        return (
+            f"{name} is not known; keras_rq.register_layer({name}, products=...) says which "
+            "kernels it multiplies"
+        )
+    ours = {id(table) for table in tables}
+    names = [key for key, value in vars(layer).items() if id(value) in ours]
+    example = dict.fromkeys(names, -1) or "..."
+    return (
+        f"{name} multiplies no matrix of its own; keras_rq.register_layer({name}, "
+        f"products={example}) quantizes what it holds, with blocks along the last axis"
+    )
 
 
 def reason_for_float(layer: keras.layers.Layer) -> str | None:
@@ -27,12 +50,8 @@ def reason_for_float(layer: keras.layers.Layer) -> str | None:
         return f"the products of {name} have no quantized counterpart"
     base = next((c for c in type(layer).__mro__ if quantized_class(c) is not None), None)
     if base is not None and base is not type(layer):
-        return (
-            f"{name} is a subclass of {base.__name__} and may multiply activations in other ways; "
-            f"keras_rq.register_layer({name}, like=keras.layers.{base.__name__}) says that it does "
-            "not"
-        )
-    called = sorted({op for cls in _own_classes(layer) for op in _operations(cls)})
+        return reason_against(type(layer))
+    called = _operations(layer, _OF_ACTIVATIONS)
     if not called:
         return None
     names = ", ".join(f"ops.{op}" if op != "@" else op for op in called)
@@ -44,27 +63,12 @@ def reason_for_float(layer: keras.layers.Layer) -> str | None:
     return f"{name} calls {names} itself, which `matmuls` does not reach; {how} would be reached"
 
 
-def _own_classes(layer: keras.layers.Layer) -> Iterator[type]:
-    for cls in type(layer).__mro__:
-        if issubclass(cls, keras.layers.Layer) and not cls.__module__.startswith("keras."):
-            yield cls
-
-
-def _operations(cls: type) -> Iterator[str]:
-    for member in vars(cls).values():
-        if isinstance(code := getattr(member, "__code__", None), CodeType):
-            yield from _operations_in(code)
-
-
-def _operations_in(code: CodeType) -> Iterator[str]:
-    before = None
-    for step in dis.get_instructions(code):
-        is_method_of_self = step.opname != "LOAD_GLOBAL" and before in _BY_SELF
-        if step.opname.startswith("LOAD_") and step.argval in _PRODUCTS and not is_method_of_self:
-            yield step.argval
-        if step.opname == "BINARY_OP" and step.argrepr.startswith("@"):
-            yield "@"
-        before = step.opname
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _operations_in(constant)
+def _operations(layer: keras.layers.Layer, names: Collection[str]) -> list[str]:
+    """Which of some operations the layer's class, and those above it, call."""
+    classes = [
+        cls
+        for cls in type(layer).__mro__
+        if issubclass(cls, keras.layers.Layer) and not cls.__module__.startswith("keras.")
+    ]
+    codes = [code for cls in classes for code in codes_of(cls).values()]
+    return sorted({operation for code in codes for operation in operations_in(code, names)})

@@ -137,8 +137,8 @@ named = {"ids": lambda value: value.name.replace(" ", "-")}
 
 
 def test_every_supported_layer_has_a_case():
-    # Here below, in test_recurrent.py and in test_matmuls.py.
-    elsewhere = {layers.Embedding, *RECURRENT, *ATTENTION}
+    # Here below, in test_reversible_embedding.py, test_recurrent.py and test_matmuls.py.
+    elsewhere = {layers.Embedding, layers.ReversibleEmbedding, *RECURRENT, *ATTENTION}
     of_keras = {c for c in supported_layers() if c.__module__.startswith("keras.")}
     assert {case.keras_class for case in KINDS} | elsewhere == of_keras
 

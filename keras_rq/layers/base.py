@@ -134,6 +134,7 @@ class QuantizedLayer:
     def multiply_quantized(self, name: str, x: Any) -> Any:
         """What `multiply` does when nothing stands in for it."""
         self.require_calibration()
+        self.require_norm()
         x, values = ops.convert_to_tensor(x), parameters.of_kernel(self, name).values()
         kernel, fold = self.kernel_to_quantize(name), self.fold_of(name)
         folds = () if fold is None else (fold,)
@@ -290,6 +291,22 @@ class QuantizedLayer:
                 "keras_rq.calibrate(model, data) with some batches of training data first."
             )
 
+    def require_norm(self) -> None:
+        """Raises if the layer is called on data and what it folds is not behind it.
+
+        Raises:
+            ValueError: names the layer and what to do.
+        """
+        if not self.quantization.fold_batch_norm or in_symbolic_scope():
+            return
+        if folding.norm_behind(self) is None:
+            raise ValueError(
+                f"Layer {self.path!r} is quantized with the BatchNormalization behind it "
+                "(fold_batch_norm=True), and there is none where it is called now. Keep the two "
+                "together in a Sequential or Functional model, or call keras_rq.dequantize(model) "
+                "and quantize what you have made of it."
+            )
+
     def prepare_for_loop(self) -> None:
         """Quantizes the kernels in the trace around a loop that will multiply them."""
         if self.lowered is None:
@@ -298,9 +315,7 @@ class QuantizedLayer:
                 self.quantized_kernel(name, master)
                 self._integer_forward(name, master)
 
-    def _integer_forward(
-        self, name: str, master: Any, fold: Any = None
-    ) -> IntegerForward | None:
+    def _integer_forward(self, name: str, master: Any, fold: Any = None) -> IntegerForward | None:
         product, quantization = self.products()[name], self.quantization
         if quantization.forward != "int8" or reason_for_float(product, quantization):
             return None
@@ -327,7 +342,7 @@ class QuantizedLayer:
         return kernel if fold is None else kernel * fold
 
     def fold_of(self, name: str) -> Any:
-        """The factor of the kernel `name` when it is quantized, one per channel; None: there is none.
+        """The factor of the kernel `name` when it is quantized, one per channel; None without.
 
         It is that of the BatchNormalization behind the layer, if the layer folds it.
         """

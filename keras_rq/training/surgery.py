@@ -79,8 +79,8 @@ def quantize(
     _warn_of_flash_attention(plan)
     if plan.wants_folding and not plan.folded:
         warnings.warn(
-            f"fold_batch_norm=True folds nothing in {model.name!r}: no BatchNormalization can become "
-            "a part of a quantized kernel. The reasons are in the report.",
+            f"fold_batch_norm=True folds nothing in {model.name!r}: no BatchNormalization can "
+            "become a part of a quantized kernel. The report names the reasons.",
             stacklevel=3,
         )
     _carry_out(model, plan)

@@ -203,20 +203,19 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             operands. "int8": on the integer units, from codes of up to 8 bits (Theorem 1 of
             arXiv 2409.09245); gradients are the same, the outputs equal up to rounding.
             `Dense` and `EinsumDense` have such products; others are named in a warning.
-        fold_batch_norm: train on the kernels that are deployed. `keras_rq.export` always makes a
-            BatchNormalization part of the layer before it, `gamma / sqrt(variance + epsilon)` of
-            the kernel and the rest of the bias, where that layer is a Dense, EinsumDense or
-            convolution without an activation and everything it returns goes there. With True, what
-            is quantized in training is that kernel too, as in sec. 3.2.2 of arXiv 1806.08342: it
-            is multiplied by `|gamma| / sqrt(moving variance + epsilon)`, quantized, and divided by
-            the same again. The BatchNormalization then normalizes as ever, by the batch in
-            training, which is that paper's correction by the deviations of the batch and of the
-            moving average: the codes do not jitter from batch to batch, and training and inference
-            need no other switch. Gradients are those of the folded kernel. It makes no difference
-            to kernels with a scale per channel that follows the kernel, which is all that a
-            shorthand gives but "-tensor": there the factor cancels. It does for one scale per
-            tensor, and for quantizers that learn a step. What cannot be folded is reported with
-            the reason, and a warning says so if that is all.
+        fold_batch_norm: train the kernels that are deployed. `keras_rq.export` always makes a
+            BatchNormalization part of the layer before it, `g = gamma / sqrt(variance + epsilon)`
+            of the kernel and the rest of the bias, where that layer is a Dense, EinsumDense or
+            convolution without an activation and all that it returns goes there. With True, what
+            is quantized in training is that kernel, too, as in sec. 3.2.2 of arXiv 1806.08342: it
+            is multiplied by `|g|` of the moving variance, quantized, and divided by `|g|` again.
+            The BatchNormalization then normalizes as ever, in training by the batch: that is the
+            paper's correction by both deviations, which keeps codes from jittering from batch to
+            batch, without its switch to moving averages in the end. Gradients are those of the
+            folded kernel. Kernels with statistics per channel, which is what a shorthand gives but
+            for "-tensor", have the same values either way; a scale for the whole kernel, a learned
+            step and unstructured sparsity do not. What cannot be folded is reported with the
+            reason; a warning says so if that is all.
 
     Raises:
         TypeError, ValueError: name the argument, the value received and what is accepted.

@@ -13,8 +13,9 @@ from keras import layers
 
 import keras_rq as rq
 
-X = np.random.default_rng(0).normal(size=(32, 6)).astype("float32")
-Y = np.random.default_rng(1).normal(size=(32, 2)).astype("float32")
+X = np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+# All kernels of one shape: JAX compiles for each.
+Y = np.random.default_rng(1).normal(size=(32, 8)).astype("float32")
 POLICY = rq.QuantizationPolicy("A8W3-tensor", fold_batch_norm=True)
 
 
@@ -33,10 +34,10 @@ class Backbone(keras.Model):
 
 
 def make() -> keras.Model:
-    inputs = keras.Input((6,))
+    inputs = keras.Input((8,))
     y = layers.BatchNormalization(momentum=0.8, name="outer")(layers.Dense(8, name="d")(inputs))
     y = Backbone(8, name="backbone")(layers.ReLU()(y))
-    return keras.Model(inputs, layers.Dense(2, name="head")(y), name="net")
+    return keras.Model(inputs, layers.Dense(8, name="head")(y), name="net")
 
 
 def folding(model: keras.Model) -> list[str]:
@@ -58,8 +59,8 @@ def test_what_is_trained_is_saved_and_goes_on(tmp_path: Path):
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     assert folding(loaded) == folding(model) == ["outer", "inner"]
-    for _ in range(2):
-        np.testing.assert_allclose(*(m.train_on_batch(X, Y) for m in (loaded, model)), rtol=1e-5)
+    for received, kernel in zip(kernels(loaded), kernels(model), strict=True):
+        np.testing.assert_array_equal(received, kernel)
 
 
 @pytest.mark.once
@@ -108,7 +109,7 @@ def test_only_statistics_of_the_whole_kernel_show_it(spec: str):
 
 @pytest.mark.once
 def test_a_policy_that_folds_nothing_says_so():
-    model = keras.Sequential([keras.Input((6,)), layers.Dense(4, "relu", name="d")])
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4, "relu", name="d")])
     model.add(layers.BatchNormalization(name="n"))
     with pytest.warns(UserWarning, match="folds nothing in .*The report names the reasons"):
         report = model.quantize(POLICY, verbose=False)

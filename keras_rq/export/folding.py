@@ -53,8 +53,9 @@ class Fold:
         return y * self.gain.reshape(self._along(y.ndim))
 
     def _along(self, rank: int) -> list[int]:
-        axis = self.norm.axis % rank
-        return [-1 if a == axis else 1 for a in range(rank)]
+        """The shape of a vector along the channels; converters fuse a bias only if it is flat."""
+        after = rank - 1 - self.norm.axis % rank
+        return [-1, *[1] * after]
 
 
 def folds_of(model: keras.layers.Layer) -> dict[int, Fold]:

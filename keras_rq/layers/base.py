@@ -136,7 +136,7 @@ class QuantizedLayer:
         self.require_calibration()
         self.require_norm()
         x, values = ops.convert_to_tensor(x), parameters.of_kernel(self, name).values()
-        kernel, fold = self.kernel_to_quantize(name), self.fold_of(name)
+        kernel, fold = self.folded_kernel(name)
         folds = () if fold is None else (fold,)
         return backend.call_in_graph(self, "multiply_by", x, kernel, name, *values, *folds)
 
@@ -225,9 +225,9 @@ class QuantizedLayer:
 
     def dequantized_kernel(self, name: str) -> Any:
         """The quantized kernel itself, in float32 and not rotated."""
-        weights, fold = self.quantization.weights, self.fold_of(name)
+        weights, (kernel, fold) = self.quantization.weights, self.folded_kernel(name)
         blocks, given = self.products()[name].kernel_blocks(weights), self.kernel_parameters(name)
-        quantized = weights.fake_quantize(self.kernel_to_quantize(name), blocks, given)
+        quantized = weights.fake_quantize(kernel, blocks, given)
         return quantized if fold is None else quantized / fold
 
     def kernel_parameters(self, name: str) -> dict[str, Any]:
@@ -338,8 +338,12 @@ class QuantizedLayer:
 
     def kernel_to_quantize(self, name: str) -> Any:
         """The float32 kernel that quantizers see: what is folded into it included."""
+        return self.folded_kernel(name)[0]
+
+    def folded_kernel(self, name: str) -> tuple[Any, Any]:
+        """The float32 kernel times what is folded into it, and that (see `fold_of`)."""
         kernel, fold = self.float32_kernel(name), self.fold_of(name)
-        return kernel if fold is None else kernel * fold
+        return (kernel if fold is None else kernel * fold), fold
 
     def fold_of(self, name: str) -> Any:
         """The factor of the kernel `name` when it is quantized, one per channel; None without.

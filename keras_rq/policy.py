@@ -13,9 +13,13 @@ import keras
 from keras_rq import quantizers, shorthand
 from keras_rq.quantizers import Quantizer
 
-_VERSION = 3
+_VERSION = 4
 # Fields that later versions added, with what their absence meant.
-_ADDED = {1: {"forward": None, "matmuls": None}, 2: {"matmuls": None}}
+_ADDED = {
+    1: {"forward": None, "matmuls": None, "fold_batch_norm": False},
+    2: {"matmuls": None, "fold_batch_norm": False},
+    3: {"fold_batch_norm": False},
+}
 _ADDED_TO_RULES = {1: {"matmuls": "inherit"}, 2: {"matmuls": "inherit"}}
 
 
@@ -29,6 +33,8 @@ class LayerQuantization:
         forward: None, or "int8": the forward product runs on integers (see `QuantizationPolicy`).
         matmuls: quantizer of both operands of products of two activations.
         is_calibrated: whether the layer's variables hold ranges of its inputs.
+        fold_batch_norm: the BatchNormalization behind the layer is folded into the kernel that is
+            quantized (see `QuantizationPolicy`).
     """
 
     weights: Quantizer | None
@@ -36,6 +42,7 @@ class LayerQuantization:
     forward: str | None = None
     matmuls: Quantizer | None = None
     is_calibrated: bool = False
+    fold_batch_norm: bool = False
 
     @property
     def without_input(self) -> LayerQuantization:
@@ -56,18 +63,22 @@ class LayerQuantization:
             "activations": _serialize(self.activations),
             "forward": self.forward,
             "matmuls": _serialize(self.matmuls),
+            "fold_batch_norm": self.fold_batch_norm,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> LayerQuantization:
-        names = ("weights", "activations", "forward", "matmuls")
+        names = ("weights", "activations", "forward", "matmuls", "fold_batch_norm")
         is_calibrated = isinstance(config, dict) and config.get("is_calibrated", False) is True
         if is_calibrated:
             config = {name: value for name, value in config.items() if name != "is_calibrated"}
         fields = _checked_fields(config, "a layer's quantization", names)
-        forward = _check_forward(fields.pop("forward"))
+        others = {
+            "forward": _check_forward(fields.pop("forward")),
+            "fold_batch_norm": _check_fold(fields.pop("fold_batch_norm")),
+        }
         operands = {name: _deserialize(value) for name, value in fields.items()}
-        return cls(**operands, forward=forward, is_calibrated=is_calibrated)
+        return cls(**operands, **others, is_calibrated=is_calibrated)
 
 
 class Rule:
@@ -197,6 +208,19 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             operands. "int8": on the integer units, from codes of up to 8 bits (Theorem 1 of
             arXiv 2409.09245); gradients are the same, the outputs equal up to rounding.
             `Dense` and `EinsumDense` have such products; others are named in a warning.
+        fold_batch_norm: train the kernels that are deployed. `keras_rq.export` always makes a
+            BatchNormalization part of the layer before it, `g = gamma / sqrt(variance + epsilon)`
+            of the kernel and the rest of the bias, where that layer is a Dense, EinsumDense or
+            convolution without an activation and all that it returns goes there. With True, what
+            is quantized in training is that kernel, too, as in sec. 3.2.2 of arXiv 1806.08342: it
+            is multiplied by `|g|` of the moving variance, quantized, and divided by `|g|` again.
+            The BatchNormalization then normalizes as ever, in training by the batch: that is the
+            paper's correction by both deviations, which keeps codes from jittering from batch to
+            batch, without its switch to moving averages in the end. Gradients are those of the
+            folded kernel. Kernels with statistics per channel, which is what a shorthand gives but
+            for "-tensor", have the same values either way; a scale for the whole kernel, a learned
+            step and unstructured sparsity do not. What cannot be folded is reported with the
+            reason; a warning says so if that is all.
 
     Raises:
         TypeError, ValueError: name the argument, the value received and what is accepted.
@@ -218,8 +242,10 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         matmuls: Any = None,
         rules: Sequence[Rule] = (),
         forward: str | None = None,
+        fold_batch_norm: bool = False,
     ) -> None:
         self.forward = _check_forward(forward)
+        self.fold_batch_norm = _check_fold(fold_batch_norm)
         of_weights, of_activations = (None, None) if spec is None else shorthand.read(spec)
         self.weights = of_weights if weights is None else quantizers.get(weights)
         self.activations = of_activations if activations is None else quantizers.get(activations)
@@ -252,16 +278,17 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
     ) -> LayerQuantization:
         """The quantizers of `layer`; both None where the policy leaves it in float."""
         rule = self.rule_for(layer, containers)
+        others = {"forward": self.forward, "fold_batch_norm": self.fold_batch_norm}
         if rule is None:
             operands = self.weights, self.activations
-            return LayerQuantization(*operands, self.forward, matmuls=self.matmuls)
+            return LayerQuantization(*operands, matmuls=self.matmuls, **others)
         if rule.skip:
             return LayerQuantization(None, None)
         return LayerQuantization(
             self.weights if rule.weights is ... else rule.weights,
             self.activations if rule.activations is ... else rule.activations,
-            self.forward,
             matmuls=self.matmuls if rule.matmuls is ... else rule.matmuls,
+            **others,
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -272,11 +299,12 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             "matmuls": _serialize(self.matmuls),
             "rules": [rule.get_config() for rule in self.rules],
             "forward": self.forward,
+            "fold_batch_norm": self.fold_batch_norm,
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationPolicy:
-        names = ("weights", "activations", "matmuls", "rules", "forward")
+        names = ("weights", "activations", "matmuls", "rules", "forward", "fold_batch_norm")
         fields = _checked_fields(config, "a policy", names)
         if not isinstance(fields["rules"], (list, tuple)):
             raise ValueError(
@@ -292,12 +320,14 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
                 for rule in fields["rules"]
             ],
             forward=fields["forward"],
+            fold_batch_norm=fields["fold_batch_norm"],
         )
 
     def __repr__(self) -> str:
         return (
             f"QuantizationPolicy(weights={self.weights!r}, activations={self.activations!r}, "
-            f"matmuls={self.matmuls!r}, rules={list(self.rules)!r}, forward={self.forward!r})"
+            f"matmuls={self.matmuls!r}, rules={list(self.rules)!r}, forward={self.forward!r}, "
+            f"fold_batch_norm={self.fold_batch_norm!r})"
         )
 
 
@@ -324,6 +354,15 @@ def _check_forward(forward: Any) -> str | None:
     if forward is not None and (not isinstance(forward, str) or forward != "int8"):
         raise ValueError(f"`forward` must be None or 'int8'. Received: forward={forward!r}")
     return forward
+
+
+def _check_fold(fold_batch_norm: Any) -> bool:
+    if not isinstance(fold_batch_norm, bool):
+        raise ValueError(
+            "`fold_batch_norm` must be True or False. "
+            f"Received: fold_batch_norm={fold_batch_norm!r}"
+        )
+    return fold_batch_norm
 
 
 def _check_matmuls(matmuls: Any) -> Quantizer | None:

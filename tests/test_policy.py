@@ -246,6 +246,7 @@ POLICIES = [
         ],
     ),
     rq.QuantizationPolicy(matmuls=8, rules=[rq.Rule("a", matmuls=None), rq.Rule("b", matmuls=4)]),
+    rq.QuantizationPolicy("A4W1", fold_batch_norm=True),
 ]
 
 
@@ -263,14 +264,23 @@ def test_policies_survive_json(policy: rq.QuantizationPolicy):
 def test_older_policies_quantize_no_matmuls(version: int):
     policy = rq.QuantizationPolicy("A4W1", rules=[rq.Rule("a", weights=4)])
     config = json.loads(json.dumps(policy.get_config())) | {"version": version}
+    del config["fold_batch_norm"]
     for old in (config, *config["rules"]):
         del old["matmuls"]
     loaded = rq.QuantizationPolicy.from_config(config)
     assert loaded.get_config() == policy.get_config()
     layer = LayerQuantization(Ridge(1), Ridge(4))
     config = layer.get_config() | {"version": version}
-    del config["matmuls"]
+    del config["matmuls"], config["fold_batch_norm"]
     assert LayerQuantization.from_config(config) == layer
+
+
+def test_policies_of_version_3_fold_nothing():
+    policy = rq.QuantizationPolicy("A4W1", fold_batch_norm=True)
+    for saved in (policy, policy.resolve(layers.Dense(2))):
+        config = saved.get_config() | {"version": 3}
+        del config["fold_batch_norm"]
+        assert not type(saved).from_config(config).fold_batch_norm
 
 
 def test_a_callable_rule_cannot_be_saved():
@@ -300,10 +310,11 @@ def saved_quantizer(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [
-        (broken(version=4), "version=4"),
+        (broken(version=5), "version=5"),
         (broken(version=...), "version=None"),
         ("A4W1", "version='A4W1'"),
-        (broken(weights=...), "Received: ['activations', 'forward', 'matmuls']"),
+        (broken(weights=...), "Received: ['activations', 'fold_batch_norm', 'forward', 'matmuls']"),
+        (broken(fold_batch_norm=1), "fold_batch_norm=1"),
         (broken(biases=None), "'biases'"),
         (broken(matmuls=4), "Received: 4"),
         (broken(weights=saved_quantizer(registered_name="keras_rq>Magic")), "keras_rq>Magic"),

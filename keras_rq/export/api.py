@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rq.export import litert, signatures
+from keras_rq.export import folding, litert, signatures
 from keras_rq.export.interpreter import IntegerKernel, integer_kernels
 from keras_rq.export.lowering import Lowered
 from keras_rq.export.verification import (
@@ -36,6 +36,9 @@ class ExportResult:
         products: how each product of a quantized layer runs, with the reason where in float.
         kernels: products of the file with integer weights; whether XNNPACK runs them.
         verification: how its outputs compare with the model's.
+        folded: paths of the BatchNormalization layers that became a part of the quantized layers
+            before them.
+        not_folded: the other ones of a model with quantized layers, and why.
     """
 
     path: Path
@@ -43,6 +46,8 @@ class ExportResult:
     products: tuple[Lowered, ...]
     kernels: tuple[IntegerKernel, ...]
     verification: Verification
+    folded: tuple[str, ...] = ()
+    not_folded: dict[str, str] = field(default_factory=dict)
 
     def summary(self) -> str:
         """What runs as integers and what does not, in a few lines."""
@@ -57,6 +62,9 @@ class ExportResult:
             f"{check.own_sensitivity:.0e})",
         ]
         lines += [f"  float: {p.path} ({p.reason})" for p in self.products if p.reason]
+        if self.folded:
+            lines.append(f"  folded: {len(self.folded)} BatchNormalization layers")
+        lines += [f"  not folded: {path} ({reason})" for path, reason in self.not_folded.items()]
         idle = [k for k in self.kernels if not k.delegated]
         lines += [f"  slow: {k.weight} ({k.op} outside XNNPACK)" for k in idle]
         return "\n".join(lines)
@@ -81,8 +89,9 @@ def export(
 
     Matrix products and convolutions whose two operands are quantized run on integer kernels of
     XNNPACK, on exactly the scales of training: weights are INT8, INT4 or INT2 in the file by their
-    bit width. Everything else runs in float32. What of a quantized layer does not run as integers
-    is printed and reported with the reason.
+    bit width. A BatchNormalization behind a quantized Dense, EinsumDense or convolution becomes a
+    part of it, where all that the layer returns goes there. Everything else runs in float32. What
+    of a quantized layer does not run as integers is printed and reported with the reason.
 
     Args:
         model: a built Keras model, quantized or not, from any backend. Without TensorFlow as the
@@ -130,7 +139,9 @@ def export(
     verification = verify(model, run_file, run_parts, inputs, batch_size, rtol)
     kernels = tuple(integer_kernels(built.content))
     write_atomically(path, built.content)
-    result = ExportResult(path, len(built.content), built.products, kernels, verification)
+    result = ExportResult(
+        path, len(built.content), built.products, kernels, verification, *folding.summary(model)
+    )
     if verbose:
         print(result.summary())
     return result

@@ -19,7 +19,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_rq.export import interpreter, signatures
+from keras_rq.export import folding, interpreter, signatures
 from keras_rq.export._litert_convert import convert
 from keras_rq.export._litert_graph import IntegerGraph
 from keras_rq.export.lowering import Call, Lowered, Lowering
@@ -79,7 +79,9 @@ def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
         return tuple(signatures.flatten(outputs))
 
     signature = [tf.TensorSpec(spec.shape, spec.dtype, name=spec.name) for spec in flat]
-    with all_lowered_by(model, lambda layer: Lowering(graph, layer, calls)):
+    folds = folding.folds_of(model)
+    lower = all_lowered_by(model, lambda layer: Lowering(graph, layer, calls, folds.get(id(layer))))
+    with lower, folding.without_norms(folds):
         content = _convert(serve, signature, graph)
     apart = [call for call in calls if call.lowered.alone]
     parts = _build_parts(apart, optimize) if apart else b""
@@ -107,7 +109,7 @@ def _build_parts(calls: list[Call], optimize: str) -> bytes:
 
     def serve(*arrays: Any) -> Any:
         return tuple(
-            Lowering(graph, call.layer, [])(call.name, call.product, x)
+            Lowering(graph, call.layer, [], call.fold)(call.name, call.product, x)
             for call, x in zip(calls, arrays, strict=True)
         )
 

@@ -17,7 +17,7 @@ With blocks along the contraction the products of the blocks are summed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import keras
@@ -25,6 +25,7 @@ import numpy as np
 from keras import ops
 
 from keras_rq.export._litert_graph import IntegerGraph
+from keras_rq.export.folding import Fold, multiplied
 from keras_rq.export.interpreter import require
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.layers.products import (
@@ -68,6 +69,7 @@ class Call(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     lowered: Lowered
+    fold: Fold | None
 
 
 class _Codes(NamedTuple):
@@ -90,31 +92,39 @@ class _Constant(NamedTuple):
 
 
 class _Master(NamedTuple):
-    """A float kernel, and what its quantizer keeps for it: both in NumPy, both of one shape.
+    """A float kernel, and what belongs to it: all in NumPy, all of one shape.
 
-    A kernel is laid out anew for the operator that multiplies it; its parameters go along, each
-    spread over the elements that share it.
+    A kernel is laid out anew for the operator that multiplies it. What its quantizer keeps for it
+    goes along, each parameter spread over the elements that share it, and so does the factor of the
+    quantized kernel, if there is one (see `keras_rq.export.folding`).
     """
 
     kernel: np.ndarray
     parameters: dict[str, np.ndarray]
+    factor: np.ndarray | None
 
     def map(self, change: Callable[[np.ndarray], np.ndarray]) -> _Master:
-        """Both after a change of layout."""
+        """All after a change of layout."""
         changed = {name: change(spread) for name, spread in self.parameters.items()}
-        return _Master(change(self.kernel), changed)
+        factor = None if self.factor is None else change(self.factor)
+        return _Master(change(self.kernel), changed, factor)
+
+    @property
+    def in_float(self) -> np.ndarray:
+        """The kernel that is multiplied where it is not quantized."""
+        return self.kernel if self.factor is None else self.kernel * self.factor
 
 
-def _master(layer: QuantizedLayer, name: str, product: Product) -> _Master:
+def _master(layer: QuantizedLayer, name: str, product: Product, fold: Fold | None) -> _Master:
     with outside_trace():
-        kernel = ops.convert_to_numpy(layer.float32_kernel(name))
-        given = layer.kernel_parameters(name)
-        if not given:
-            return _Master(kernel, {})
-        view = product.kernel_blocks(layer.quantization.weights).view(kernel.shape)
-        like = ops.zeros_like(view.split(ops.convert_to_tensor(kernel)))
-        spread = {k: ops.convert_to_numpy(view.merge(like + value)) for k, value in given.items()}
-    return _Master(kernel, spread)
+        kernel = ops.convert_to_numpy(layer.kernel_to_quantize(name))
+        given, spread = layer.kernel_parameters(name), {}
+        if given:
+            view = product.kernel_blocks(layer.quantization.weights).view(kernel.shape)
+            like = ops.zeros_like(view.split(ops.convert_to_tensor(kernel)))
+            spread = {k: ops.convert_to_numpy(view.merge(like + v)) for k, v in given.items()}
+    folded = fold is not None and fold.name == name
+    return _Master(kernel, spread, np.broadcast_to(fold.factor, kernel.shape) if folded else None)
 
 
 def _constant(quantizer: Quantizer, master: _Master, blocks: Blocks) -> _Constant:
@@ -125,9 +135,13 @@ def _constant(quantizer: Quantizer, master: _Master, blocks: Blocks) -> _Constan
             for name, spread in master.parameters.items()
         }
         tensor = quantizer.quantize(master.kernel, blocks, given)
-        parts = [ops.convert_to_numpy(part) for part in tensor]
         line = [None if part is None else ops.convert_to_numpy(part) for part in tensor.line]
-    return _Constant(*parts, Line(*line), tensor.view, tensor.rotated)
+        codes = ops.convert_to_numpy(tensor.codes)
+        tensor = replace(tensor, codes=codes, line=Line(*line))
+        if master.factor is not None:
+            tensor = multiplied(tensor, master.factor, _nominal(quantizer.bits))
+        parts = [ops.convert_to_numpy(part) for part in tensor]
+    return _Constant(*parts, tensor.line, tensor.view, tensor.rotated)
 
 
 # An integer product: codes, weight codes, scale per output channel -> float.
@@ -137,8 +151,10 @@ _Kernel = Callable[[Any, np.ndarray, np.ndarray], Any]
 class Lowering:
     """Computes the products of one quantized layer while a TensorFlow function is traced."""
 
-    def __init__(self, graph: IntegerGraph, layer: QuantizedLayer, calls: list[Call]) -> None:
-        self.graph, self.layer, self.calls = graph, layer, calls
+    def __init__(
+        self, graph: IntegerGraph, layer: QuantizedLayer, calls: list[Call], fold: Fold | None
+    ) -> None:
+        self.graph, self.layer, self.calls, self.fold = graph, layer, calls, fold
         self.given: dict[str, np.ndarray] = {}  # what the quantizer of the input keeps
 
     def __call__(self, name: str, product: Product, x: Any) -> Any:
@@ -148,9 +164,8 @@ class Lowering:
             return self._in_loop(name, product, x, label)
         reason = self._reason_for_float(product)
         lowered = Lowered(label, "float" if reason else "integer", reason)
-        dtype = keras.backend.standardize_dtype(x.dtype)
-        self.calls.append(Call(self.layer, name, product, tuple(x.shape), dtype, lowered))
-        kernel = _master(self.layer, name, product)
+        self._note(name, product, x, lowered)
+        kernel = _master(self.layer, name, product, self.fold)
         with outside_trace():
             self.given = {
                 key: ops.convert_to_numpy(value)
@@ -166,6 +181,11 @@ class Lowering:
             return self._spatial(product, x, kernel, label, self._convolution)
         return self._in_float(product, x, kernel, label)
 
+    def _note(self, name: str, product: Product, x: Any, lowered: Lowered) -> None:
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        shape = tuple(x.shape)
+        self.calls.append(Call(self.layer, name, product, shape, dtype, lowered, self.fold))
+
     def _in_loop(self, name: str, product: Product, x: Any, label: str) -> Any:
         """The product as it is trained, from constants: the markers of integer weights lie outside.
 
@@ -174,8 +194,7 @@ class Lowering:
         reason = "it lies in a loop over time steps; its weights are stored as float32"
         lowered = Lowered(label, "float", reason, alone=False)
         if all(call.lowered != lowered for call in self.calls):
-            dtype = keras.backend.standardize_dtype(x.dtype)
-            self.calls.append(Call(self.layer, name, product, tuple(x.shape), dtype, lowered))
+            self._note(name, product, x, lowered)
         q = self.layer.quantization
         with outside_trace():
             kernel = self.layer.float32_kernel(name)
@@ -316,7 +335,7 @@ class Lowering:
         if q.activations is not None:
             x = self._fake_quantize(x, q.activations.input_blocks((-1,)))
         if q.weights is None:
-            return ops.matmul(x, ops.convert_to_tensor(kernel.kernel))
+            return ops.matmul(x, ops.convert_to_tensor(kernel.in_float))
         tensor = _constant(q.weights, kernel.map(np.transpose), q.weights.blocks((1,)))
         values = self._stored_as_integers(tensor, _nominal(q.weights.bits), label)
         if tensor.rotated:
@@ -331,7 +350,7 @@ class Lowering:
             blocks = product.input_blocks(q.activations)
             x = self._fake_quantize(x, blocks)
         if q.weights is None:
-            return product.apply(x, ops.convert_to_tensor(kernel.kernel))
+            return product.apply(x, ops.convert_to_tensor(kernel.in_float))
         blocks = product.kernel_blocks(q.weights)
         tensor = _constant(q.weights, kernel, blocks)
         values = self._stored_as_integers(tensor, _nominal(q.weights.bits), label)

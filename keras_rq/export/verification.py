@@ -29,7 +29,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_rq.export import signatures
+from keras_rq.export import folding, signatures
 from keras_rq.layers.base import QuantizedLayer, all_lowered_by
 from keras_rq.layers.sharing import in_loop
 
@@ -172,6 +172,7 @@ def _same_kernels() -> bool:
 
 def _observe_calls(model: keras.Model, batch: Any) -> list[_Observed]:
     calls: list[_Observed] = []
+    folds = folding.folds_of(model)
     generator = np.random.default_rng(0)
 
     def observer(layer: QuantizedLayer) -> Callable[..., Any]:
@@ -179,11 +180,16 @@ def _observe_calls(model: keras.Model, batch: Any) -> list[_Observed]:
             y = layer.multiply_quantized(name, x)
             if in_loop():
                 return y
-            arrays = ops.convert_to_numpy(x), ops.convert_to_numpy(y)
+
+            fold = folds.get(id(layer))
+
+            def as_in_file(y: Any) -> np.ndarray:
+                array = ops.convert_to_numpy(y)
+                return array if fold is None or fold.name != name else fold.scaled(array)
+
+            arrays = ops.convert_to_numpy(x), as_in_file(y)
             moved = [
-                ops.convert_to_numpy(
-                    layer.multiply_quantized(name, _disturbed(product, x, generator))
-                )
+                as_in_file(layer.multiply_quantized(name, _disturbed(product, x, generator)))
                 for _ in range(_DRAWS)
             ]
             own = max(_gap([arrays[1]], [z]) for z in moved)

@@ -18,7 +18,7 @@ from keras.src.backend import AutocastScope
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from keras_rq import backend
-from keras_rq.layers import parameters
+from keras_rq.layers import folding, parameters
 from keras_rq.layers.integer import IntegerForward, reason_for_float
 from keras_rq.layers.products import Product
 from keras_rq.layers.sharing import once_per_call
@@ -36,6 +36,7 @@ class QuantizedLayer:
 
     quantization: LayerQuantization
     kernel_names: ClassVar[tuple[str, ...]] = ("kernel",)  # of the products
+    ends_in_bias: ClassVar[bool] = False  # whether only bias and activation follow the last product
 
     def __init__(self, *args: Any, quantization: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -136,18 +137,23 @@ class QuantizedLayer:
     def multiply_quantized(self, name: str, x: Any) -> Any:
         """What `multiply` does when nothing stands in for it."""
         self.require_calibration()
+        self.require_norm()
         x, values = ops.convert_to_tensor(x), parameters.of_kernel(self, name).values()
-        kernel = self.float32_kernel(name)
-        return backend.call_in_graph(self, "multiply_by", x, kernel, name, *values)
+        kernel, fold = self.folded_kernel(name)
+        folds = () if fold is None else (fold,)
+        return backend.call_in_graph(self, "multiply_by", x, kernel, name, *values, *folds)
 
     def multiply_by(self, x: Any, master: Any, name: str, *values: Any) -> Any:
         """The product of an input and the float32 kernel `master`, called `name`.
 
-        `values` are those of the quantizers' parameters.
+        `values` are those of the quantizers' parameters, and what is folded into `master` if
+        anything is.
         """
-        given = parameters.of_kernel(self, name).named(values)
-        kernel = self.quantized_kernel(name, master, given.weights)
-        forward = self._integer_forward(name, master)
+        of = parameters.of_kernel(self, name)
+        count = len(list(of))
+        given, fold = of.named(values[:count]), next(iter(values[count:]), None)
+        kernel = self.quantized_kernel(name, master, given.weights, fold)
+        forward = self._integer_forward(name, master, fold)
         return self.apply_product(name, x, kernel, given.inputs, forward)
 
     def apply_product(
@@ -196,11 +202,16 @@ class QuantizedLayer:
         return product.apply(product.restore_zeros(x, quantized), y)
 
     def quantized_kernel(
-        self, name: str, master: Any, given: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        master: Any,
+        given: Mapping[str, Any] | None = None,
+        fold: Any = None,
     ) -> Any:
         """The kernel that enters the product: rotated where its input will be.
 
-        `given` are the values of the kernel's parameters, those of the layer if left out.
+        `given` are the values of the kernel's parameters, those of the layer if left out. `fold` is
+        the factor that `master` holds, and the result no more.
         """
         weights, product = self.quantization.weights, self.products()[name]
         if weights is None:
@@ -208,16 +219,19 @@ class QuantizedLayer:
         given = self.kernel_parameters(name) if given is None else given
         blocks = product.kernel_blocks(weights)
         unrotate = not self._rotates_alike(product, master.shape)
-        return once_per_call(
-            (id(self), name),
-            lambda: weights.fake_quantize(master, blocks, given, unrotate=unrotate),
-        )
 
-    def dequantized_kernel(self, name: str, master: Any) -> Any:
+        def make() -> Any:
+            quantized = weights.fake_quantize(master, blocks, given, unrotate=unrotate)
+            return quantized if fold is None else quantized / fold
+
+        return once_per_call((id(self), name), make)
+
+    def dequantized_kernel(self, name: str) -> Any:
         """The quantized kernel itself, in float32 and not rotated."""
-        weights = self.quantization.weights
-        blocks = self.products()[name].kernel_blocks(weights)
-        return weights.fake_quantize(master, blocks, self.kernel_parameters(name))
+        weights, (kernel, fold) = self.quantization.weights, self.folded_kernel(name)
+        blocks, given = self.products()[name].kernel_blocks(weights), self.kernel_parameters(name)
+        quantized = weights.fake_quantize(kernel, blocks, given)
+        return quantized if fold is None else quantized / fold
 
     def kernel_parameters(self, name: str) -> dict[str, Any]:
         """Values of the variables that the quantizer of the kernel `name` has, by name."""
@@ -239,7 +253,7 @@ class QuantizedLayer:
         if weights is not None:
             blocks = product.kernel_blocks(weights)
             given = self.kernel_parameters(name)
-            of_kernel = weights.kernel_bits(self.float32_kernel(name), blocks, given)
+            of_kernel = weights.kernel_bits(self.kernel_to_quantize(name), blocks, given)
         if self.quantization.activations is not None and product.input_axes:
             of_input = self.quantization.activations.input_bits(self.input_parameters(name))
         return of_kernel, of_input
@@ -280,6 +294,22 @@ class QuantizedLayer:
                 "keras_rq.calibrate(model, data) with some batches of training data first."
             )
 
+    def require_norm(self) -> None:
+        """Raises if the layer is called on data and what it folds is not behind it.
+
+        Raises:
+            ValueError: names the layer and what to do.
+        """
+        if not self.quantization.fold_batch_norm or in_symbolic_scope():
+            return
+        if folding.norm_behind(self) is None:
+            raise ValueError(
+                f"Layer {self.path!r} is quantized with the BatchNormalization behind it "
+                "(fold_batch_norm=True), and there is none where it is called now. Keep the two "
+                "together in a Sequential or Functional model, or call keras_rq.dequantize(model) "
+                "and quantize what you have made of it."
+            )
+
     def prepare_for_loop(self) -> None:
         """Quantizes the kernels in the trace around a loop that will multiply them."""
         if self.lowered is None:
@@ -288,13 +318,13 @@ class QuantizedLayer:
                 self.quantized_kernel(name, master)
                 self._integer_forward(name, master)
 
-    def _integer_forward(self, name: str, master: Any) -> IntegerForward | None:
+    def _integer_forward(self, name: str, master: Any, fold: Any = None) -> IntegerForward | None:
         product, quantization = self.products()[name], self.quantization
         if quantization.forward != "int8" or reason_for_float(product, quantization):
             return None
         return once_per_call(
             (id(self), name, "codes"),
-            lambda: IntegerForward.create(product, quantization, ops.stop_gradient(master)),
+            lambda: IntegerForward.create(product, quantization, ops.stop_gradient(master), fold),
         )
 
     def _rotates_alike(self, product: Product, kernel_shape: tuple[int, ...]) -> bool:
@@ -308,6 +338,28 @@ class QuantizedLayer:
         """The master kernel: quantizers see it before any cast to the compute dtype."""
         with AutocastScope(None):
             return ops.cast(ops.convert_to_tensor(getattr(self, name)), "float32")
+
+    def kernel_to_quantize(self, name: str) -> Any:
+        """The float32 kernel that quantizers see: what is folded into it included."""
+        return self.folded_kernel(name)[0]
+
+    def folded_kernel(self, name: str) -> tuple[Any, Any]:
+        """The float32 kernel times what is folded into it, and that (see `fold_of`)."""
+        kernel, fold = self.float32_kernel(name), self.fold_of(name)
+        return (kernel if fold is None else kernel * fold), fold
+
+    def fold_of(self, name: str) -> Any:
+        """The factor of the kernel `name` when it is quantized, one per channel; None without.
+
+        It is that of the BatchNormalization behind the layer, if the layer folds it.
+        """
+        quantization = self.quantization
+        if not quantization.fold_batch_norm or quantization.weights is None:
+            return None
+        products = self.products()
+        if name != list(products)[-1] or (norm := folding.norm_behind(self)) is None:
+            return None
+        return folding.factor(norm, products[name], tuple(getattr(self, name).shape))
 
     def add_bias_and_activate(self, outputs: Any, channel_axis: int = -1) -> Any:
         """The part of a layer that stays in float."""

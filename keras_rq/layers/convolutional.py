@@ -27,6 +27,8 @@ from keras_rq.layers.registry import quantizes
 class _Convolutional(QuantizedLayer):
     """Padding, and the channel axis, that all convolutions share."""
 
+    ends_in_bias = True
+
     def call(self, inputs: Any) -> Any:
         return self._finish(self.multiply("kernel", self._padded(inputs)))
 

@@ -25,6 +25,8 @@ class QuantizedDense(QuantizedLayer, keras.layers.Dense):
     product is then a sum over blocks of integer products (Theorem 1). The bias stays in float.
     """
 
+    ends_in_bias = True
+
     def products(self) -> dict[str, Product]:
         return {"kernel": MatMul()}
 
@@ -39,6 +41,8 @@ class QuantizedEinsumDense(QuantizedLayer, keras.layers.EinsumDense):
     Letters that both operands have and the output lacks are contracted; blocks run along them as if
     they were one axis, in the order of the kernel. Every other axis has statistics of its own.
     """
+
+    ends_in_bias = True
 
     def products(self) -> dict[str, Product]:
         rank = len(self._build_shapes_dict["input_shape"]) if self._build_shapes_dict else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from keras import ops
@@ -52,11 +52,15 @@ class IntegerForward:
 
     @classmethod
     def create(
-        cls, product: Product, quantization: LayerQuantization, kernel: Any
+        cls, product: Product, quantization: LayerQuantization, kernel: Any, fold: Any = None
     ) -> IntegerForward:
-        """Quantizes the float32 kernel."""
+        """Quantizes the float32 kernel, which holds the factor `fold`, and takes that out again."""
         weights, matrix = quantization.weights, product.kernel_as_matrix(kernel)
         quantized = weights.quantize(matrix, _MATRICES.kernel_blocks(weights))
+        if fold is not None:
+            fold = ops.stop_gradient(ops.broadcast_to(fold, kernel.shape))
+            by_column = 1.0 / product.kernel_as_matrix(fold)[:1]
+            quantized = replace(quantized, line=quantized.line.times(by_column))
         return cls(product, quantization, tuple(kernel.shape), quantized)
 
     @property

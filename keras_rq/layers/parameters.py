@@ -234,7 +234,7 @@ def _from_kernel(
 ) -> Callable[..., Any]:
     def start(shape: tuple[int, ...], dtype: Any = None) -> Any:
         blocks = product.kernel_blocks(weights)
-        kernel = weights.rotate(layer.float32_kernel(name), blocks)
+        kernel = weights.rotate(layer.kernel_to_quantize(name), blocks)
         view = blocks.view(tuple(kernel.shape))
         return ops.reshape(weights.start(view.split(kernel), view)[parameter], shape)
 

@@ -60,6 +60,19 @@ class Product:
         """The product of two float operands."""
         raise NotImplementedError
 
+    def columns(self, axis: int, rank: int, kernel_shape: Shape) -> Shape | None:
+        """The shape in which a vector along an axis of the output broadcasts against the kernel.
+
+        Args:
+            axis: of the output.
+            rank: of the output.
+            kernel_shape: of the kernel.
+
+        Returns:
+            The shape; None where that axis is not one of the kernel alone.
+        """
+        return None
+
     def shares_rotation(self, kernel_shape: Shape) -> bool:
         """Whether operands that are both rotated have the product of the operands as they were."""
         return bool(self.input_axes)  # the same axes of the same sizes, in the same order
@@ -90,6 +103,9 @@ class MatMul(Product):
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.matmul(x, kernel)
+
+    def columns(self, axis: int, rank: int, kernel_shape: Shape) -> Shape | None:
+        return _only(kernel_shape, (1,)) if axis % rank == rank - 1 else None
 
     def kernel_as_matrix(self, kernel: Any) -> Any:
         """The kernel as `(K, N)`."""
@@ -127,6 +143,13 @@ class Einsum(Product):
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.einsum(self.equation, x, kernel)
+
+    def columns(self, axis: int, rank: int, kernel_shape: Shape) -> Shape | None:
+        operands, output = self.equation.replace(" ", "").split("->")
+        x, kernel = operands.split(",")
+        letter = _expand_ellipsis(output, rank)[axis]
+        is_alone = letter in kernel and letter not in x
+        return _only(kernel_shape, (kernel.index(letter),)) if is_alone else None
 
     @property
     def is_matmul(self) -> bool:
@@ -205,6 +228,15 @@ class Spatial(Product):
 
     is_convolution = True
 
+    def columns(self, axis: int, rank: int, kernel_shape: Shape) -> Shape | None:
+        channels = rank - 1 if self.data_format == "channels_last" else 1
+        return _only(kernel_shape, self._output_axes) if axis % rank == channels else None
+
+    @property
+    def _output_axes(self) -> tuple[int, ...]:
+        """Axes of the kernel that make the channels of the output."""
+        return (len(self.strides) + 1,)
+
     def positions(self, input_shape: Shape, output_shape: Shape) -> int | None:
         return self._pixels(output_shape)
 
@@ -265,6 +297,10 @@ class Depthwise(Spatial):
             axes, shared, tuple(range(rank)), (), tuple(strides), tuple(dilation), data_format
         )
 
+    @property
+    def _output_axes(self) -> tuple[int, ...]:
+        return len(self.strides), len(self.strides) + 1
+
     def shares_rotation(self, kernel_shape: Shape) -> bool:
         return False  # the kernel is rotated along space, the input along channels
 
@@ -299,6 +335,10 @@ class TransposedConvolution(Spatial):
         axes, shared = cls.input_layout(rank, data_format)
         geometry = (tuple(strides), tuple(dilation), data_format, padding, output_padding)
         return cls(axes, shared, (rank + 1,), tuple(range(rank)), *geometry)
+
+    @property
+    def _output_axes(self) -> tuple[int, ...]:
+        return (len(self.strides),)
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.conv_transpose(
@@ -409,6 +449,11 @@ class OfUnknownLength(Product):
 
     def multiplications(self, x_shape: Shape, y_shape: Shape) -> int | None:
         return self.product.multiplications(x_shape, y_shape)
+
+
+def _only(shape: Shape, axes: tuple[int, ...]) -> Shape:
+    """A shape with all axes but some of size 1."""
+    return tuple(size if axis in axes else 1 for axis, size in enumerate(shape))
 
 
 def _count(sizes: Sequence[int | None]) -> int | None:

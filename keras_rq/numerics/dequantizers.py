@@ -46,6 +46,13 @@ class Line(NamedTuple):
         scaled = self.scale * codes
         return scaled if self.offset is None else scaled + self.offset
 
+    def times(self, factor: Any) -> Line:
+        """`factor` times the values, from the same codes; it broadcasts against statistics."""
+        offset, value_mean = (
+            None if part is None else part * factor for part in (self.offset, self.value_mean)
+        )
+        return Line(self.scale * factor, offset, self.code_mean, value_mean)
+
     def for_multiplied_codes(self, factor: int) -> Line:
         """The same values from codes that are `factor` times as large."""
         if factor == 1:

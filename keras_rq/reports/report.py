@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_rq.layers.base import QuantizedLayer
+from keras_rq.layers.folding import norm_behind
 from keras_rq.layers.parameters import kept_with
 from keras_rq.layers.products import Product
 from keras_rq.layers.registry import owns_weights, products_of
@@ -46,6 +47,8 @@ class Row:
             of two activations count where a policy quantizes them.
         sqnr_db: signal-to-quantization-noise ratio of the kernels in decibels; None in float.
         reason: why the layer stays in float, where it could be or was asked to be quantized.
+        folded_into: path of the layer that folds this BatchNormalization into its kernel while it
+            is trained (`fold_batch_norm`); None for others.
     """
 
     path: str
@@ -60,6 +63,7 @@ class Row:
     energy: float | None
     sqnr_db: float | None
     reason: str | None = None
+    folded_into: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,25 @@ class Report:
             "total": dataclasses.asdict(self.total),
         }
 
+    @property
+    def folded(self) -> dict[str, str]:
+        """Normalizations that are folded in training, by path, with the layer that folds them."""
+        return {row.path: row.folded_into for row in self.rows if row.folded_into is not None}
+
     def summary(self) -> str:
         """What was quantized and what was not, in a few lines."""
         quantized = sum(1 for row in self.rows if _is_quantized(row))
         total = self.total.bits_per_element
         bits = "" if total is None else f", {total:.2f} bits per kernel element"
         lines = [f"{self.name}: {quantized} of {len(self.rows)} layers quantized{bits}"]
-        return "\n".join([*lines, *self.float_lines("  ")])
+        return "\n".join([*lines, *self.lines_below("  ")])
+
+    def lines_below(self, indent: str = "") -> list[str]:
+        """What is folded, and why layers stay in float."""
+        folded = [f"{norm} into {layer}" for norm, layer in self.folded.items()]
+        more = ", ..." if len(folded) > 3 else ""
+        lines = [f"{indent}folded: {', '.join(folded[:3])}{more}"] if folded else []
+        return lines + self.float_lines(indent)
 
     def float_lines(self, indent: str = "") -> list[str]:
         """Why layers stay in float: those of one class for one reason share a line."""
@@ -169,8 +185,22 @@ def report(model: keras.layers.Layer, kept: dict[int, str] | None = None) -> Rep
         for layer in model._flatten_layers()
         if owns_weights(layer) or id(layer) in kept or _matmuls_of(layer) is not None
     ]
+    folded = _folded(model)
     rows = [_row(layer, kept.get(id(layer)), steps.get(id(layer), 1)) for layer in layers]
+    rows = [
+        dataclasses.replace(row, folded_into=folded.get(id(layer)))
+        for row, layer in zip(rows, layers, strict=True)
+    ]
     return Report(model.name, tuple(rows))
+
+
+def _folded(model: keras.layers.Layer) -> dict[int, str]:
+    """Paths of the layers that fold a BatchNormalization, by its id."""
+    return {
+        id(norm_behind(layer)): layer.path
+        for layer in model._flatten_layers()
+        if isinstance(layer, QuantizedLayer) and layer.quantization.fold_batch_norm
+    }
 
 
 def _matmuls_of(layer: keras.layers.Layer) -> Quantizer | None:
@@ -183,7 +213,7 @@ def _is_quantized(row: Row) -> bool:
 
 def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Row:
     quantization = layer.quantization if isinstance(layer, QuantizedLayer) else _FLOAT
-    kernels = {name: _value(getattr(layer, name)) for name in products_of(layer)}
+    kernels = {name: _value(_kernel(layer, name)) for name in products_of(layer)}
     costs = [
         _kernel_cost(kernels[name], quantization.weights, product, _parameters(layer, name))
         for name, product in products_of(layer).items()
@@ -216,6 +246,13 @@ def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Ro
         sqnr_db=_decibels(costs) if quantization.weights else None,
         reason=reason,
     )
+
+
+def _kernel(layer: keras.layers.Layer, name: str) -> Any:
+    """What is, or would be, quantized."""
+    if isinstance(layer, QuantizedLayer):
+        return layer.kernel_to_quantize(name)
+    return getattr(layer, name)
 
 
 class _Cost(NamedTuple):

@@ -17,7 +17,7 @@ def render(report: Report) -> str:
     rule = "  ".join("-" * width for width in widths)
     lines = [report.name, _line(_HEAD, widths), rule, *(_line(r, widths) for r in rows[:-1])]
     lines += [rule, _line(rows[-1], widths)]
-    return "\n".join([*lines, *report.float_lines()])
+    return "\n".join([*lines, *report.lines_below()])
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -37,8 +37,7 @@ def _bakings(layer: QuantizedLayer) -> Iterator[tuple[keras.Variable, np.ndarray
     if layer.quantization.weights is None:
         return
     for name in layer.products():
-        kernel = layer.float32_kernel(name)
-        value = layer.dequantized_kernel(name, kernel)
+        kernel, value = layer.float32_kernel(name), layer.dequantized_kernel(name)
         variable = getattr(layer, name)
         if not isinstance(variable, keras.Variable):  # with LoRA: the kernel is a sum
             variable = getattr(layer, f"_{name}")

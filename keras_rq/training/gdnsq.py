@@ -210,7 +210,7 @@ class _Operand:
         if self.kind == "activations":
             return self.quantizer.input_width(self.layer.input_parameters(self.name))
         blocks = self.layer.products()[self.name].kernel_blocks(self.quantizer)
-        kernel = self.quantizer.rotate(self.layer.float32_kernel(self.name), blocks)
+        kernel = self.quantizer.rotate(self.layer.kernel_to_quantize(self.name), blocks)
         view = blocks.view(tuple(kernel.shape))
         given = self.layer.kernel_parameters(self.name)
         return self.quantizer.kernel_width(view.split(kernel), view, given)

@@ -315,7 +315,9 @@ def _checked(
                 f"while `fit` runs, because one of them has variables: {change[0]!r}, then "
                 f"{change[1]!r}. Leave the layer out with `match=`."
             )
-    return replace(after, is_calibrated=before.is_calibrated)
+    return replace(
+        after, is_calibrated=before.is_calibrated, fold_batch_norm=before.fold_batch_norm
+    )
 
 
 def _replaced(quantizer: Quantizer | None, fields: dict[str, Any]) -> Quantizer | None:

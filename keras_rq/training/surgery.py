@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import keras
 
 from keras_rq import backend
+from keras_rq.layers import folding
 from keras_rq.layers.base import QuantizedLayer, is_quantized
 from keras_rq.layers.integer import reason_for_float
 from keras_rq.layers.products import Convolution
@@ -32,11 +33,15 @@ class Plan:
         quantized: the layers to swap, with their quantizers.
         kept: layers with weights that stay in float, and why.
         unused_rules: rules that matched no layer.
+        folded: how many layers fold the BatchNormalization behind them into their kernel.
+        wants_folding: whether the policy asks for that.
     """
 
     quantized: list[tuple[keras.layers.Layer, LayerQuantization]] = field(default_factory=list)
     kept: list[tuple[keras.layers.Layer, str]] = field(default_factory=list)
     unused_rules: list[Rule] = field(default_factory=list)
+    folded: int = 0
+    wants_folding: bool = False
 
 
 def quantize(
@@ -66,6 +71,12 @@ def quantize(
         )
     _warn_of_float_products(plan)
     _warn_of_flash_attention(plan)
+    if plan.wants_folding and not plan.folded:
+        warnings.warn(
+            f"fold_batch_norm=True folds nothing in {model.name!r}: no BatchNormalization can "
+            "become a part of a quantized kernel. The report names the reasons.",
+            stacklevel=3,
+        )
     _carry_out(model, plan)
     return plan
 
@@ -124,8 +135,31 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
         else:
             check_fit(layer, quantization)
             plan.quantized.append((layer, quantization))
+    if policy.fold_batch_norm:
+        _plan_folding(plan, model)
     plan.unused_rules = [rule for rule in policy.rules if id(rule) not in used]
     return plan
+
+
+def _plan_folding(plan: Plan, model: keras.layers.Layer) -> None:
+    """Decides which layers fold the BatchNormalization behind them, and says why others do not."""
+    pairs = folding.find(model)
+    waiting = dict(pairs.norms)
+    for at, (layer, quantization) in enumerate(plan.quantized):
+        norm = waiting.pop(id(layer), None) if quantization.weights is not None else None
+        plan.folded += norm is not None
+        plan.quantized[at] = layer, replace(quantization, fold_batch_norm=norm is not None)
+    reasons = {id(norm): f"not folded: {reason}" for norm, reason in pairs.reasons}
+    reasons |= {
+        id(norm): "not folded: the kernel before it stays in float" for norm in waiting.values()
+    }
+    folded = {id(norm) for norm in pairs.norms.values()} - set(reasons)
+    plan.kept = [
+        (layer, reasons.get(id(layer), reason))
+        for layer, reason in plan.kept
+        if id(layer) not in folded
+    ]
+    plan.wants_folding = True
 
 
 def _plan_matmuls(
@@ -153,7 +187,7 @@ def suited(layer: keras.layers.Layer, quantization: LayerQuantization) -> LayerQ
     """What of a quantization a layer can use: that of kernels, or of products of activations."""
     if pairs_of(layer):
         return LayerQuantization(None, None, matmuls=quantization.matmuls)
-    return replace(quantization, matmuls=None)
+    return replace(quantization, matmuls=None, fold_batch_norm=False)
 
 
 def containers_around(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:

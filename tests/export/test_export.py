@@ -369,14 +369,18 @@ def test_a_child_process_converts_for_the_other_backends(tmp_path: Path):
     x = keras.Input((16,), name="x")
     y = keras.Input((6, 6, 8), name="y")
     flat = layers.Dense(8, "relu", name="first")(x)
-    image = layers.GlobalAveragePooling2D()(layers.Conv2D(8, 3, padding="same", name="conv")(y))
+    image = layers.Conv2D(8, 3, padding="same", name="conv")(y)
+    image = layers.GlobalAveragePooling2D()(layers.BatchNormalization(name="norm")(image))
     model = keras.Model({"x": x, "y": y}, layers.Dense(3, name="head")(Doubled()(flat + image)))
-    model.quantize(rq.QuantizationPolicy("A8W4"), verbose=False)
+    model.quantize(rq.QuantizationPolicy("A8W4-tensor", fold_batch_norm=True), verbose=False)
+    model.get_layer("norm").gamma.assign(np.linspace(-1, 2, 8))
+    model.get_layer("norm").moving_variance.assign(np.linspace(0.2, 4, 8))
     result = rq.export(model, tmp_path / "m.tflite", verbose=False)
     assert result.verification.product_difference < PRECISION
     assert [p.kernel for p in result.products] == ["integer"] * 3
     assert {k.storage for k in result.kernels} == {"INT4"}
     assert all(k.delegated for k in result.kernels)
+    assert result.folded == ("norm",)
     generator = np.random.default_rng(0)
     arrays = {"x": generator.normal(size=(4, 16)), "y": generator.normal(size=(4, 6, 6, 8))}
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}

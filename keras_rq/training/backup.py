@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 _STATE = "backup.json"
 _WEIGHTS = "epoch-{epoch}.weights.h5"
@@ -24,15 +26,17 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     epoch unnoticed. This one writes the weights beside those of the epoch before, and a backup
     counts from the moment at which one small file is replaced, which the file system does at once.
 
-    What is backed up is what `Model.save_weights` writes: weights, what quantizers and schedules
-    learn or count, the optimizer, and the states of dropout. A script that was killed is started
+    What is backed up is what `Model.save_weights` writes (weights, what quantizers and schedules
+    learn or count, the optimizer) and what it leaves out: the states of random generators, as those
+    of dropout. A script that was killed is started
     again as it is: it builds, quantizes, calibrates and compiles the model as before, and `fit`
     goes on with the epoch that was not finished. The callbacks of this package go on where they
     were, in whatever order they are listed.
 
     Final weights are those of a training that nothing interrupted if every epoch sees the same
-    batches, too. `fit(shuffle=True)` draws from a generator that a new process starts anew. Let
-    the order follow from the number of the epoch, as in the example, or pass `shuffle=False`.
+    batches, too. With `shuffle=True`, its default, `fit` draws their order from a generator that a
+    new process starts anew: pass `shuffle=False`, and let the order follow from the number of the
+    epoch, as in the example.
 
     Args:
         backup_dir: folder of the backup, of one training alone.
@@ -40,7 +44,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     Raises:
         ValueError: when `fit` begins: the model is not built, the folder holds a backup of Keras's
-            callback, or one whose optimizer is another.
+            callback, or one whose optimizer is another or that has other random generators.
 
     Example:
 
@@ -58,7 +62,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> callbacks = [tell, rq.callbacks.BackupAndRestore(backup)]
-    >>> _ = model.fit(data, epochs=2, callbacks=callbacks, verbose=0)
+    >>> _ = model.fit(data, epochs=2, callbacks=callbacks, shuffle=False, verbose=0)
     """
 
     def __init__(self, backup_dir: str | Path, *, delete_checkpoint: bool = True) -> None:
@@ -67,9 +71,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._check()
-        epoch = self._epoch()
-        if epoch is None:
+        backup = self._read()
+        if backup is None:
             return
+        epoch = int(backup["epoch"])
         optimizer = self.model.optimizer
         if optimizer is not None and not optimizer.built:
             optimizer.build(self.model.trainable_variables)
@@ -84,6 +89,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                     "Compile the model as it was, or use another `backup_dir`. Received: "
                     f"{warning}"
                 ) from None
+        self._seed(backup["seeds"])
         # As Keras's callback does: the loop reads it after `on_train_begin`.
         self.model._initial_epoch = epoch
 
@@ -96,7 +102,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         path = self._folder / _WEIGHTS.format(epoch=done)
         self.model.save_weights(path, overwrite=True)
         _to_disk(path)
-        _replace(self._folder / _STATE, json.dumps({"epoch": done}))
+        seeds = [ops.convert_to_numpy(state).tolist() for state in self._seeds()]
+        _replace(self._folder / _STATE, json.dumps({"epoch": done, "seeds": seeds}))
         for other in self._folder.glob(_WEIGHTS.format(epoch="*")):
             if other != path:
                 other.unlink()
@@ -120,12 +127,31 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"Finish that training with it, or use another folder. Received: {self._folder}"
             )
 
-    def _epoch(self) -> int | None:
-        """How many epochs are backed up; None without a backup."""
+    def _read(self) -> dict[str, Any] | None:
+        """How many epochs are backed up, and the seeds; None without a backup."""
         try:
-            return int(json.loads((self._folder / _STATE).read_text())["epoch"])
+            return json.loads((self._folder / _STATE).read_text())
         except FileNotFoundError:
             return None
+
+    def _seeds(self) -> list[Any]:
+        """States of the random generators of all layers; Keras's files leave them out."""
+        states: dict[int, Any] = {}
+        for layer in self.model._flatten_layers():
+            for generator in layer._seed_generators:
+                states.setdefault(id(generator), generator.state)
+        return list(states.values())
+
+    def _seed(self, saved: list[Any]) -> None:
+        states = self._seeds()
+        if len(states) != len(saved):
+            raise ValueError(
+                f"The backup in {str(self._folder)!r} is of a model with {len(saved)} random "
+                f"generators. Received: one with {len(states)}. Make the model as it was, or use "
+                "another `backup_dir`."
+            )
+        for state, value in zip(states, saved, strict=True):
+            state.assign(np.asarray(value, keras.backend.standardize_dtype(state.dtype)))
 
 
 def _replace(path: Path, text: str) -> None:

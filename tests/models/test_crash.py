@@ -14,7 +14,7 @@ import keras_rq as rq
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import crash
+import crash  # noqa: E402
 
 EPOCHS = 6
 

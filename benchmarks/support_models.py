@@ -93,7 +93,7 @@ class Group:
     def __init__(self, singles: Sequence[Single]) -> None:
         self.singles = singles
         inputs = {
-            one.name: keras.Input(one.case.shape, dtype=one.case.dtype, name=one.name)
+            one.name: keras.Input(one.case.shape, dtype=one.case.dtype, name=f"to_{one.name}")
             for one in singles
         }
         outputs = {one.name: one.model(inputs[one.name]) for one in singles}

@@ -163,7 +163,7 @@ def write(folder: Path, told: Any, *, callback: str) -> None:
 
 
 class Child:
-    """A training in a process of its own, forked from one that has imported everything.
+    """A training in a process of its own.
 
     Args:
         target: what it runs: `train` or `write`.
@@ -172,9 +172,8 @@ class Child:
     """
 
     def __init__(self, target: Callable[..., Any], folder: Path, **options: Any) -> None:
-        # Starting Python and importing a framework takes longer than the training.
-        processes = multiprocessing.get_context("forkserver")
-        processes.set_forkserver_preload([__name__, "keras_rq"])
+        # A fork of a process that has imported TensorFlow may wait for a lock forever.
+        processes = multiprocessing.get_context("spawn")
         self.received, sent = processes.Pipe(duplex=False)
         self.process = processes.Process(target=target, args=(folder, sent), kwargs=options)
         self.process.start()

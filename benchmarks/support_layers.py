@@ -91,7 +91,7 @@ def _flax_layer(name: str) -> layers.Layer:
 def _torch_module(name: str) -> layers.Layer:
     import torch
 
-    return layers.TorchModuleWrapper(torch.nn.Linear(8, 6), name=name)
+    return layers.TorchModuleWrapper(torch.nn.Linear(8, 6), output_shape=(None, 6), name=name)
 
 
 def _saved_function(name: str) -> layers.Layer:

@@ -92,13 +92,15 @@ class Group:
 
     def __init__(self, singles: Sequence[Single]) -> None:
         self.singles = singles
+        names = [f"input_{one.name}" for one in singles]  # other ones than those of the models
         inputs = {
-            one.name: keras.Input(one.case.shape, dtype=one.case.dtype, name=f"to_{one.name}")
-            for one in singles
+            name: keras.Input(one.case.shape, dtype=one.case.dtype, name=name)
+            for name, one in zip(names, singles, strict=True)
         }
-        outputs = {one.name: one.model(inputs[one.name]) for one in singles}
+        pairs = zip(singles, inputs.values(), strict=True)
+        outputs = {one.name: one.model(x) for one, x in pairs}
         self.model = keras.Model(inputs, outputs, name="group")
-        self.x = {one.name: one.x for one in singles}
+        self.x = {name: one.x for name, one in zip(names, singles, strict=True)}
 
     def train(self) -> dict[str, None]:
         """Trains compiled; raises unless every loss fell and every weight moved."""

@@ -138,7 +138,8 @@ def train(
     ]
     backup = rq.callbacks.BackupAndRestore(folder / "backup", delete_checkpoint=False)
     callbacks.insert(0 if first else len(callbacks), backup)
-    model.fit(data, epochs=epochs, callbacks=callbacks, verbose=0)
+    # Keras would shuffle the batches themselves, from a generator that a new process starts anew.
+    model.fit(data, shuffle=False, epochs=epochs, callbacks=callbacks, verbose=0)
     found = [*model.get_weights(), *(v.numpy() for v in model.optimizer.variables)]
     np.savez(folder / "final.npz", *[np.asarray(value) for value in found])
     told.send((epochs, gdnsq.converged))
@@ -268,8 +269,9 @@ def crash_writes(backend: str, callback: str, kills: int, seed: int) -> dict[str
     problems = []
     for _ in range(kills):
         with tempfile.TemporaryDirectory() as folder:
-            child = Child(write, Path(folder), callback=callback)
-            child.wait(until=(2, 0))
+            child = Child(backend, Path(folder), ["--writes", callback])
+            while child.wait_for_batch()[0] < 2:
+                pass
             time.sleep(chance.uniform(0, 0.5))
             child.kill()
             problems.append(backed_up(Path(folder, "backup"))[1])
@@ -285,22 +287,6 @@ def difference(one: Path, other: Path) -> tuple[int, float]:
         count = sum(int(np.sum(x != y)) for x, y in pairs)
         gaps = [float(np.max(np.abs(x.astype("float64") - y))) for x, y in pairs if x.size]
         return count, max(gaps)
-
-
-def crash_writes(backend: str, callback: str, kills: int, seed: int) -> dict[str, Any]:
-    """One row: what a child that was killed leaves, of many that write all the time."""
-    chance = random.Random(seed)
-    problems = []
-    for _ in range(kills):
-        with tempfile.TemporaryDirectory() as folder:
-            child = Child(backend, Path(folder), ["--writes", callback])
-            while child.wait_for_batch()[0] < 2:
-                pass
-            time.sleep(chance.uniform(0, 0.5))
-            child.kill()
-            problems.append(backed_up(Path(folder, "backup"))[1])
-    counts = {kind: problems.count(kind) for kind in ("unreadable", "mismatched")}
-    return {"backend": backend, "part": "write", "callback": callback, "kills": kills, **counts}
 
 
 def parse() -> argparse.Namespace:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 _STATE = "backup.json"
 _WEIGHTS = "epoch-{epoch}.weights.h5"
@@ -24,15 +25,17 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     epoch unnoticed. This one writes the weights beside those of the epoch before, and a backup
     counts from the moment at which one small file is replaced, which the file system does at once.
 
-    What is backed up is what `Model.save_weights` writes: weights, what quantizers and schedules
-    learn or count, the optimizer, and the states of dropout. A script that was killed is started
-    again as it is: it builds, quantizes, calibrates and compiles the model as before, and `fit`
-    goes on with the epoch that was not finished. The callbacks of this package go on where they
-    were, in whatever order they are listed.
+    What is backed up is what `Model.save_weights` writes, which is weights, what quantizers and
+    schedules learn or count, and the optimizer; and what it leaves out, the states of dropout and
+    of other random layers, without which Keras's callback draws the first masks again. A script
+    that was killed is started again as it is: it builds, quantizes, calibrates and compiles the
+    model as before, and `fit` goes on with the epoch that was not finished. The callbacks of this
+    package go on where they were, in whatever order they are listed.
 
     Final weights are those of a training that nothing interrupted if every epoch sees the same
-    batches, too. `fit(shuffle=True)` draws from a generator that a new process starts anew. Let
-    the order follow from the number of the epoch, as in the example, or pass `shuffle=False`.
+    batches, too. `fit(shuffle=True)` draws from a generator that a new process starts anew, also
+    for the batches of a `PyDataset`. Pass `shuffle=False`, and let an order that changes follow
+    from the number of the epoch, as in the example.
 
     Args:
         backup_dir: folder of the backup, of one training alone.
@@ -58,7 +61,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     >>> model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(1)])
     >>> model.compile("adam", "mse")
     >>> callbacks = [tell, rq.callbacks.BackupAndRestore(backup)]
-    >>> _ = model.fit(data, epochs=2, callbacks=callbacks, verbose=0)
+    >>> _ = model.fit(data, shuffle=False, epochs=2, callbacks=callbacks, verbose=0)
     """
 
     def __init__(self, backup_dir: str | Path, *, delete_checkpoint: bool = True) -> None:
@@ -67,9 +70,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._check()
-        epoch = self._epoch()
-        if epoch is None:
+        if (state := self._state()) is None:
             return
+        epoch = state["epoch"]
         optimizer = self.model.optimizer
         if optimizer is not None and not optimizer.built:
             optimizer.build(self.model.trainable_variables)
@@ -84,6 +87,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                     "Compile the model as it was, or use another `backup_dir`. Received: "
                     f"{warning}"
                 ) from None
+        for variable, value in zip(_random_states(self.model), state["random"], strict=True):
+            variable.assign(np.array(value, variable.dtype))
         # As Keras's callback does: the loop reads it after `on_train_begin`.
         self.model._initial_epoch = epoch
 
@@ -96,7 +101,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         path = self._folder / _WEIGHTS.format(epoch=done)
         self.model.save_weights(path, overwrite=True)
         _to_disk(path)
-        _replace(self._folder / _STATE, json.dumps({"epoch": done}))
+        random = [keras.ops.convert_to_numpy(v).tolist() for v in _random_states(self.model)]
+        _replace(self._folder / _STATE, json.dumps({"epoch": done, "random": random}))
         for other in self._folder.glob(_WEIGHTS.format(epoch="*")):
             if other != path:
                 other.unlink()
@@ -120,12 +126,18 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 f"Finish that training with it, or use another folder. Received: {self._folder}"
             )
 
-    def _epoch(self) -> int | None:
-        """How many epochs are backed up; None without a backup."""
+    def _state(self) -> dict[str, Any] | None:
+        """How many epochs are backed up, and random states; None without a backup."""
         try:
-            return int(json.loads((self._folder / _STATE).read_text())["epoch"])
+            return json.loads((self._folder / _STATE).read_text())
         except FileNotFoundError:
             return None
+
+
+def _random_states(model: keras.Model) -> list[keras.Variable]:
+    """The variables of a model that are part of its state, but not of its weights."""
+    weights = {id(variable) for variable in model.weights}
+    return [variable for variable in model.non_trainable_variables if id(variable) not in weights]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -336,7 +336,7 @@ def main() -> int:
     from keras_rq.demo import results
 
     file = RowsFile(options.out)
-    file.provenance = results.provenance()
+    file.provenance = {k: v for k, v in results.provenance().items() if k != "backend"}
     file.write()
     codes = []
     for backend in options.backends:

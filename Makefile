@@ -4,6 +4,7 @@
 #   make test     the test-suite, once per backend
 #   make lint     style and format, without changing anything
 #   make format   applies both
+#   make keras-tests   Keras's own tests, with the package imported first and without
 #   make clean    removes the environment and every cache
 #
 # PYTHON=python3.12 picks another interpreter, OUT=folder another place for the demo's files,
@@ -32,7 +33,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One place states the version of ruff: the `dev` extra.
 RUFF := $(shell sed -n 's/^ *"\(ruff==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test notebooks lint format clean
+.PHONY: demo test notebooks keras-tests lint format clean
 
 demo: $(VENV)/.demo
 	TF_CPP_MIN_LOG_LEVEL=2 $(BIN)/python -m keras_rq demo --out $(OUT)
@@ -42,6 +43,9 @@ test: $(VENV)/.test
 
 notebooks: $(VENV)/.test
 	$(BIN)/python tests/notebooks.py
+
+keras-tests: $(VENV)/.test
+	$(BIN)/python benchmarks/keras_tests.py --backends $(filter-out numpy,$(BACKENDS))
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

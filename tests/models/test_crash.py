@@ -11,8 +11,7 @@ import pytest
 
 import keras_rq as rq
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import crash  # noqa: E402
 

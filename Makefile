@@ -27,6 +27,9 @@ endif
 JAX ?= jax
 # Exactly this release: a looser range can pull a build with gigabytes of GPU libraries.
 TORCH ?= torch==2.13.0
+# Without what they ask for: models that are made from their settings need no tensorflow-text, which
+# holds TensorFlow to a release, and no downloads.
+KERAS_HUB ?= keras-hub==0.32.0 regex==2026.11.19 tokenizers==0.23.3
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -77,4 +80,5 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/python
 # One command, so that pip settles all three frameworks together.
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(PIP) install --quiet -e ".[dev]" $(TENSORFLOW) $(JAX) $(TORCH)
+	$(PIP) install --quiet --no-deps $(KERAS_HUB)
 	@touch $@ $(VENV)/.demo $(VENV)/.lint

@@ -1,8 +1,8 @@
-"""Tables of step times for the README, from the JSON files that the benchmarks write.
+"""Tables for the README, from the JSON files that the benchmarks write.
 
     python benchmarks/summary.py benchmarks/results
 
-Prints Markdown of `train_step_*.json` and `peers_*.json` in the folder, a section for each device;
+Prints Markdown of `train_step_*.json`, `peers_*.json` and `support.json` in the folder;
 `--write README.md` puts it between the README's marks.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,11 +117,13 @@ def _outcome(row: Row, check: str) -> str:
 
 
 def _cell(values: dict[str, str], notes: dict[str, int]) -> str:
-    """One word where all backends agree, and otherwise one for each."""
+    """One word where all backends agree; otherwise that of most, and then the others' by name."""
     short = {b: _short(values.get(b, "not run"), notes) for b in NAMES}
-    if len(set(short.values())) == 1:
-        return short["jax"]
-    return ", ".join(f"{NAMES[backend]}: {text}" for backend, text in short.items())
+    most, count = Counter(short.values()).most_common(1)[0]
+    if count == len(short):
+        return most
+    others = [f"{NAMES[backend]}: {text}" for backend, text in short.items() if text != most]
+    return "; ".join([most, *others] if count > 1 else others)
 
 
 def _short(text: str, notes: dict[str, int]) -> str:

@@ -30,8 +30,23 @@ def needs_envelope(layer: keras.layers.Layer) -> bool:
 
 
 def descendants(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
-    """All layers inside `layer`, in Keras's fixed order."""
-    return layer._flatten_layers(include_self=False)
+    """All layers inside `layer`, each before those inside it, in an order that no backend changes.
+
+    Of the layers of a graph that is the graph's order, and of others that of their attributes. The
+    graph comes first: a model that is one may also have its layers as attributes, which KerasHub
+    hides from Keras on PyTorch.
+    """
+    found: dict[int, keras.layers.Layer] = {}
+
+    def visit(parent: keras.layers.Layer) -> None:
+        graph = parent.operations if isinstance(parent, Functional) else ()
+        for child in (*graph, *parent._layers):
+            if isinstance(child, keras.layers.Layer) and id(child) not in found:
+                found[id(child)] = child
+                visit(child)
+
+    visit(layer)
+    return list(found.values())
 
 
 def swap_class(layer: keras.layers.Layer, cls: type) -> None:

@@ -13,7 +13,7 @@ import keras_rq as rq
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import crash  # noqa: E402
+import crash
 
 EPOCHS = 6
 

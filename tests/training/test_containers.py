@@ -163,3 +163,38 @@ def test_a_class_that_cannot_be_rebuilt_is_told_what_it_lacks():
     config["config"]["inner"].pop("build_config", None)
     with pytest.raises(ValueError, match=r"cannot be rebuilt.*Give the class a build\(\)"):
         keras.saving.deserialize_keras_object(config, custom_objects={"Unbuildable": Unbuildable})
+
+
+@keras.saving.register_keras_serializable("containers")
+class Graph(keras.Model):
+    """A Functional model with its layers as attributes, in no order of the graph's, or hidden."""
+
+    def __init__(self, hidden: bool, **arguments: Any) -> None:
+        first, second = layers.Dense(8, name="first"), layers.Dense(8, name="second")
+        # As KerasHub does on PyTorch, where Keras cannot track attributes before `__init__`.
+        keep = object.__setattr__ if hidden else setattr
+        keep(self, "end", second)
+        keep(self, "start", first)
+        inputs = keras.Input((5, 8))
+        super().__init__(inputs, second(first(inputs)), **arguments)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Graph:
+        return cls(hidden=not cls.hides, **config)
+
+    hides = False
+
+
+@pytest.mark.parametrize("hides", [False, True])
+def test_layers_that_are_attributes_elsewhere_are_found_again(hides: bool, tmp_path: Path):
+    model = Graph(hidden=hides)
+    rules = [rq.Rule("first", weights=2)]
+    model.quantize(rq.QuantizationPolicy("A4W4", rules=rules), verbose=False)
+    Graph.hides = hides
+    loaded = saved_and_loaded(model, tmp_path)
+    by_name = {layer.name: layer.quantization for layer in quantized_layers(loaded)}
+    assert by_name == {layer.name: layer.quantization for layer in quantized_layers(model)}
+    np.testing.assert_array_equal(np.asarray(loaded(X)), np.asarray(model(X)))

@@ -112,7 +112,7 @@ def support(folder: Path) -> str | None:
 def _outcome(row: Row, check: str) -> str:
     outcome = row["checks"].get(check)
     if outcome is None:
-        return f"no: {row['absent'] or 'not run'}"
+        return f"no: {row['absent']}" if row["absent"] else "not run"
     return (outcome["note"] or "yes") if outcome["works"] else f"no: {outcome['note']}"
 
 

@@ -80,14 +80,17 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             optimizer.build(self.model.trainable_variables)
         with warnings.catch_warnings():
             # Keras goes on without the optimizer's state, and so with other numbers.
-            warnings.filterwarnings("error", "Skipping variable loading for optimizer")
+            skipping = "Skipping variable loading for optimizer"
+            warnings.filterwarnings("error", skipping)
             try:
                 self.model.load_weights(self._folder / _WEIGHTS.format(epoch=epoch))
-            except UserWarning as warning:
+            except (UserWarning, ValueError) as problem:
+                if skipping not in str(problem):
+                    raise
                 raise ValueError(
                     f"The backup in {str(self._folder)!r} is of a training with another optimizer. "
                     "Compile the model as it was, or use another `backup_dir`. Received: "
-                    f"{warning}"
+                    f"{problem}"
                 ) from None
         self._seed(backup["seeds"])
         # As Keras's callback does: the loop reads it after `on_train_begin`.

@@ -98,7 +98,7 @@ class GDNSQ(keras.callbacks.Callback):
         self._progress = parameters.keep(self._operands[0].layer, _PROGRESS, (3,))
         # Now, because a rate that is a number is a variable of the optimizer, and a backup that is
         # restored when training begins must find as many variables as it was made of.
-        if self.decay < 1:
+        if self.decay < 1 and getattr(model, "optimizer", None) is not None:
             anneal(model.optimizer, self.decay, 0, False)
 
     def on_train_begin(self, logs: Any = None) -> None:

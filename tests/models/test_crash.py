@@ -86,5 +86,7 @@ def test_backups_of_another_training_are_refused(tmp_path: Path):
         fit(model(), tmp_path, 2)
     unbuilt = keras.Sequential([keras.layers.Dense(1)])
     unbuilt.compile("sgd", "mse")
+    callback = rq.callbacks.BackupAndRestore(tmp_path)
+    callback.set_model(unbuilt)
     with pytest.raises(ValueError, match="not built"):
-        rq.callbacks.BackupAndRestore(tmp_path).set_model(unbuilt)
+        callback.on_train_begin()

@@ -122,8 +122,10 @@ def _cell(values: dict[str, str], notes: dict[str, int]) -> str:
     most, count = Counter(short.values()).most_common(1)[0]
     if count == len(short):
         return most
+    if count == 1:
+        most = None
     others = [f"{NAMES[backend]}: {text}" for backend, text in short.items() if text != most]
-    return "; ".join([most, *others] if count > 1 else others)
+    return "; ".join([most, *others] if most else others)
 
 
 def _short(text: str, notes: dict[str, int]) -> str:

@@ -34,14 +34,12 @@ class Plan:
         kept: layers with weights that stay in float, and why.
         unused_rules: rules that matched no layer.
         folded: how many layers fold the BatchNormalization behind them into their kernel.
-        wants_folding: whether the policy asks for that.
     """
 
     quantized: list[tuple[keras.layers.Layer, LayerQuantization]] = field(default_factory=list)
     kept: list[tuple[keras.layers.Layer, str]] = field(default_factory=list)
     unused_rules: list[Rule] = field(default_factory=list)
     folded: int = 0
-    wants_folding: bool = False
 
 
 def quantize(
@@ -71,7 +69,7 @@ def quantize(
         )
     _warn_of_float_products(plan)
     _warn_of_flash_attention(plan)
-    if plan.wants_folding and not plan.folded:
+    if policy.fold_batch_norm and not plan.folded:
         warnings.warn(
             f"fold_batch_norm=True folds nothing in {model.name!r}: no BatchNormalization can "
             "become a part of a quantized kernel. The report names the reasons.",
@@ -159,7 +157,6 @@ def _plan_folding(plan: Plan, model: keras.layers.Layer) -> None:
         for layer, reason in plan.kept
         if id(layer) not in folded
     ]
-    plan.wants_folding = True
 
 
 def _plan_matmuls(

@@ -1,13 +1,15 @@
 """One training run through `compile` and `fit`, and the row it leaves.
 
-Nothing waits for the device between evaluations: batches are gathered on it, several steps are
-one execution, and the learning rate's peak and length are state of the optimizer, so that all
-rates, lengths and seeds of a policy share one compiled step.
+Nothing waits for the device between evaluations, nor the device for Python: batches are gathered on
+it, several steps are one execution (under JAX one program, a loop over steps), and the learning
+rate's peak and length are state of the optimizer, so that all rates, lengths and seeds of a policy
+share one compiled step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -70,7 +72,7 @@ class Task:
         """The optimizer; its weight decay falls on the matrices of the float model alone."""
         raise NotImplementedError
 
-    def batches(self, run: Run, start: int) -> keras.utils.PyDataset:
+    def batches(self, run: Run, start: int) -> Gathered:
         """The training batches from step `start` on: `run.steps` altogether."""
         raise NotImplementedError
 
@@ -255,12 +257,14 @@ class Prepared:
         trained: what `fit` trains: the model, or the distiller that it is the student of.
         policy: None for the float model.
         callbacks: what `fit` has to call.
+        together: steps that are one batch to `fit`.
     """
 
     model: keras.Model
     trained: keras.Model
     policy: rq.QuantizationPolicy | None
     callbacks: list[keras.callbacks.Callback]
+    together: int
 
 
 def prepare(task: Task, run: Run) -> Prepared:
@@ -286,15 +290,41 @@ def prepare(task: Task, run: Run) -> Prepared:
         [variable for variable in model.trainable_variables if id(variable) not in decayed]
     )
     trained = _distiller(task, run, model) or model
+    together = _steps_per_execution(callbacks, task.interval(run))
+    loops = keras.backend.backend() == "jax" and together > 1
     for one in {id(one): one for one in (model, trained)}.values():
         one.compile(
             optimizer if one is trained else None,
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
-            steps_per_execution=_steps_per_execution(callbacks, task.interval(run)),
+            steps_per_execution=1 if loops else together,
         )
     optimizer.build(trained.trainable_variables)
-    return Prepared(model, trained, policy, callbacks)
+    if loops:
+        _loop(trained, batches[0])
+    return Prepared(model, trained, policy, callbacks, together if loops else 1)
+
+
+def _loop(model: keras.Model, batch: tuple[Any, Any]) -> None:
+    """Gives `fit` a function that takes a step for every element of a batch's first axis.
+
+    Keras runs the steps of an execution one after the other from Python under JAX, which costs a
+    small model more time than the steps do.
+    """
+    import jax
+
+    model.evaluate(*batch, batch_size=len(batch[0]), verbose=0)  # builds losses and metrics
+
+    def step(state: Any, batch: Any) -> tuple[Any, Any]:
+        logs, state = model.train_step(state, batch)
+        return state, logs
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def steps(state: Any, batches: Any) -> tuple[Any, Any]:
+        state, logs = jax.lax.scan(step, state, batches)
+        return jax.tree.map(lambda value: value[-1], logs), state
+
+    model.train_function = lambda state, iterator: steps(state, next(iterator))
 
 
 def _distiller(task: Task, run: Run, model: keras.Model) -> keras.Model | None:
@@ -338,10 +368,10 @@ def train(
     epoch, progress.curve = checkpoint.restore(trained) if checkpoint else (0, [])
     between = task.validation(run, final=False)
     trained.fit(
-        task.batches(run, epoch * interval),
+        task.batches(run, epoch * interval).joined(prepared.together),
         epochs=run.steps // interval,
         initial_epoch=epoch,
-        steps_per_epoch=interval,
+        steps_per_epoch=interval // prepared.together,
         shuffle=False,
         validation_data=(between["x"], between["y"]),
         validation_batch_size=between["batch_size"],
@@ -413,6 +443,8 @@ class Gathered(keras.utils.PyDataset):
         choose: from a step to arrays that say what its batch consists of.
         start: the first step.
         stop: the one after the last.
+        together: batches that are handed out as one, with an axis in front; JAX alone has more
+            than one.
     """
 
     def __init__(
@@ -422,18 +454,25 @@ class Gathered(keras.utils.PyDataset):
         choose: Callable[[int], tuple[np.ndarray, ...]],
         start: int,
         stop: int,
+        together: int = 1,
     ) -> None:
         super().__init__()
-        self.choose = choose
-        self._steps = range(start, stop)
+        self.gather, self.data, self.choose = gather, data, choose
+        self._steps, self._together = range(start, stop), together
         if keras.backend.backend() == "jax":
-            self._batch = _on_device(gather, data, [choose(step) for step in self._steps])
+            choices = [choose(step) for step in self._steps]
+            self._batch = _on_device(gather, data, choices, together)
         else:
             self._batch = lambda index: gather(*data, *choose(self._steps[index]))
 
+    def joined(self, together: int) -> Gathered:
+        """The same batches, some of them as one."""
+        start, stop = self._steps.start, self._steps.stop
+        return Gathered(self.gather, self.data, self.choose, start, stop, together)
+
     @property
     def num_batches(self) -> int:
-        return len(self._steps)
+        return len(self._steps) // self._together
 
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         return self._batch(index)
@@ -443,15 +482,21 @@ def _on_device(
     gather: Callable[..., tuple[Any, Any]],
     data: tuple[Any, ...],
     choices: list[tuple[np.ndarray, ...]],
+    together: int,
 ) -> Callable[[int], tuple[Any, Any]]:
     import jax
 
-    plan = jax.device_put([np.stack(part) for part in zip(*choices, strict=True)])
-    places = jax.device_put([np.int32(place) for place in range(len(choices))])
+    count = len(choices) // together
+    parts = (np.stack(part[: count * together]) for part in zip(*choices, strict=True))
+    plan = jax.device_put([part.reshape(count, together, *part.shape[1:]) for part in parts])
+    places = jax.device_put([np.int32(place) for place in range(count)])
 
     @jax.jit
     def batch(data: tuple[Any, ...], plan: list[Any], place: Any) -> tuple[Any, Any]:
-        return gather(*data, *(part[place] for part in plan))
+        chosen = [part[place] for part in plan]
+        if together == 1:
+            return gather(*data, *(part[0] for part in chosen))
+        return jax.vmap(lambda *part: gather(*data, *part))(*chosen)
 
     return lambda index: batch(data, plan, places[index])
 

@@ -116,6 +116,17 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_steps_that_are_one_program_train_as_steps_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    # Under JAX a loop over batches with an axis in front; elsewhere Keras's own executions.
+    found = []
+    for together in (1, 4):
+        monkeypatch.setattr(training, "STEPS_PER_EXECUTION", together)
+        found.append(training.train(Tiny(), RUN))
+    one, four = ([point["loss"] for point in row["curve"]] for row in found)
+    assert four == pytest.approx(one, rel=1e-5)
+    assert found[1]["val_loss"] == pytest.approx(found[0]["val_loss"], rel=1e-5)
+
+
 def test_a_row_says_what_the_run_was_and_what_it_costs():
     row = training.train(Tiny(), RUN)
     assert (row["method"], row["setting"], row["lr"], row["steps"]) == ("ridge", "A4W4", 1e-2, 12)

@@ -176,25 +176,29 @@ def nanogpt(
     context: int = 256,
     vocabulary: int = 65,
     dropout: float = 0.2,
-    head_dtype: str | None = None,
+    ends_dtype: str | None = None,
 ) -> keras.Model:
     """The nanoGPT of `train_shakespeare_char.py`: logits of the next character.
 
-    `head_dtype` is that of the logits, where it is not the model's.
+    `ends_dtype` is that of the token table and of the logits, where it is not the model's. In
+    bfloat16 a GPU adds up the table's gradient by compare and swap, and the common characters of
+    a text wait for each other: that alone took longer than all else of a step.
 
     Two things differ: the head has a matrix of its own instead of the token table, and no dropout
     falls on the attention weights, which `keras.ops.dot_product_attention` does not offer.
     """
     block = Transformer(width, heads, blocks, dropout, use_bias=False, causal=True)
     tokens = keras.Input((context,), dtype="int32")
-    x = layers.Embedding(vocabulary, width, embeddings_initializer=_normal(), name="tokens")(tokens)
+    x = layers.Embedding(
+        vocabulary, width, embeddings_initializer=_normal(), name="tokens", dtype=ends_dtype
+    )(tokens)
     x = Positions(name="positions")(x)
     x = layers.Dropout(dropout)(x)
     for index in range(blocks):
         x = block(x, f"block{index}")
     x = block.norm("last_norm")(x)
     head = layers.Dense(
-        vocabulary, use_bias=False, kernel_initializer=_normal(), name="head", dtype=head_dtype
+        vocabulary, use_bias=False, kernel_initializer=_normal(), name="head", dtype=ends_dtype
     )
     return keras.Model(tokens, head(x))
 

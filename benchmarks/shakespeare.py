@@ -51,7 +51,7 @@ class NanoGPT(Task):
         recipe = self.recipe.of(vars(run))
         names = ("width", "blocks", "heads", "context", "dropout")
         sizes = {name: getattr(recipe, name) for name in names}
-        return models.nanogpt(vocabulary=self.vocabulary, head_dtype="float32", **sizes)
+        return models.nanogpt(vocabulary=self.vocabulary, ends_dtype="float32", **sizes)
 
     def optimizer(self, run: Run) -> keras.optimizers.Optimizer:
         recipe = self.recipe.of(vars(run))

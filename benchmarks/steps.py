@@ -385,7 +385,9 @@ def copy_rate(device: str) -> float:
 
 def forget() -> None:
     """Lets go of what the models of a finished group hold."""
+    dtype = keras.config.dtype_policy()
     keras.backend.clear_session()
+    keras.config.set_dtype_policy(dtype)  # of what is cleared, the one thing that is no model's
     if backend.backend() == "torch":
         import torch
 

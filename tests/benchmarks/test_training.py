@@ -18,6 +18,7 @@ import keras_rq as rq
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import methods
+import steps
 import training
 from training import Run
 
@@ -114,6 +115,16 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tmp_path: Path):
         for ours, theirs in zip(parts[-1]["curve"], whole["curve"], strict=True):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ended_leaves_the_dtype_to_the_next_one():
+    before = keras.config.dtype_policy().name
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        steps.forget()
+        assert keras.config.dtype_policy().name == "mixed_bfloat16"
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def test_steps_that_are_one_program_train_as_steps_one_by_one(monkeypatch: pytest.MonkeyPatch):

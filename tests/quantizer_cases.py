@@ -46,12 +46,13 @@ def make(
     shape: tuple[int, ...] = (3, 6, 40),
     keep: tuple[int, int] | None = None,
     trust: float | None = None,
+    fade: float | None = None,
     rotated: bool = False,
     paired: bool = False,
     ridge_lambda: float = 0.01,
 ) -> Case:
     fields: dict[str, Any] = {"affine": affine, "range": rule, "block_size": block, "trust": trust}
-    fields |= {"sparsity": keep, "rotation": "hadamard" if rotated else None}
+    fields |= {"fade": fade, "sparsity": keep, "rotation": "hadamard" if rotated else None}
     if paired:
         fields["sparsity"] = f"{keep[0]}:{keep[1]}-paired"
     if estimator == "QuEST":
@@ -70,6 +71,7 @@ def make(
         keep=keep,
         paired=paired,
         trust=trust,
+        fade=fade,
         midrise=estimator == "QuEST",
         rotated=rotated,
         edge=quantizer.grid.gaussian_edge,  # checked in numerics/test_grids.py
@@ -78,6 +80,7 @@ def make(
     words += [f"shared{shared}"] if shared else []
     words += [f"{keep[0]}:{keep[1]}{'-paired' if paired else ''}"] if keep else []
     words += [f"trust{trust}"] if trust is not None else []
+    words += [f"fade{fade}"] if fade is not None else []
     words += ["rotated"] if rotated else []
     name = "-".join(str(w).replace(" ", "") for w in words)
     return Case(name, quantizer, quantizer.blocks(axes, shared), spec, shape)
@@ -138,6 +141,13 @@ def _shaped() -> list[Case]:
         make("Ridge", 1.5, False, "absmean", shape=(4, 90), block=32),
         make("StraightThrough", 4, False, "absmean", trust=0.0, shape=(4, 96), block="tensor"),
         make("QuEST", 4, False, "absmean", trust=1.0, shape=(4, 96)),
+        make("Ridge", 1, True, "rms", fade=1.6, shape=(4, 96), block=32),
+        make("Ridge", 1, True, "rms", fade=1.0, rotated=True, shape=(4, 96), block=32),
+        make("Ridge", 1, False, "rms", fade=1.6, keep=(2, 4), shape=(4, 96), block=32),
+        make("Ridge", 2, True, "rms", fade=0.5, axes=(2, 0, 1), shape=kernel, block=32),
+        make("StraightThrough", 1.5, False, "rms", fade=0.7, trust=1.0, shape=(4, 96), block=32),
+        make("Ridge", "fp4", False, "absmax", fade=0.3, shape=(4, 96), block=32),
+        make("QuEST", 1, False, "rms", fade=1.3, trust=1.0, shape=(4, 96)),
     ]
 
 

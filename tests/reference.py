@@ -31,6 +31,7 @@ class Spec:
     keep: tuple[int, int] | None = None
     paired: bool = False
     trust: float | None = None
+    fade: float | None = None
     rotated: bool = False
     edge: float = 1.0
     midrise: bool = False  # QuEST
@@ -215,7 +216,11 @@ def quantize(x: np.ndarray, spec: Spec, codes: np.ndarray | None = None) -> Resu
 
 
 def trusted(x: np.ndarray, spec: Spec) -> np.ndarray:
-    """1 where the gradient is trusted: at most `trust` half steps beyond the outermost code."""
+    """What of the gradient passes.
+
+    1 at most `trust` half steps beyond the outermost code and else 0, times a Gaussian of the half
+    steps beyond the outermost of the points where the code changes.
+    """
     x = hadamard(x, spec.axes) if spec.rotated else x
     codes, mask = spec.codes, np.ones_like(x)
     half_step = (codes[-1] - codes[-2]) / 2
@@ -226,8 +231,11 @@ def trusted(x: np.ndarray, spec: Spec) -> np.ndarray:
         step, zero = lay_grid(x[at], spec)
         position = (x[at] - zero) / step
         beyond = np.maximum(position - codes[-1], codes[0] - position)
-        near_zero = np.abs(x[at]) <= max(1.0, spec.trust) * half_step * step
-        mask[at] = (beyond <= spec.trust * half_step + 1e-9) & (near_zero | ~pruned[at])
+        if spec.trust is not None:
+            near_zero = np.abs(x[at]) <= max(1.0, spec.trust) * half_step * step
+            mask[at] = (beyond <= spec.trust * half_step + 1e-9) & (near_zero | ~pruned[at])
+        if spec.fade is not None:
+            mask[at] *= np.exp(-(np.maximum(beyond / half_step + 1, 0) ** 2) / (2 * spec.fade**2))
     return mask
 
 
@@ -272,7 +280,7 @@ def _differences(loss: Callable[[np.ndarray], float], v: np.ndarray) -> np.ndarr
 
 
 def _masked(gradient: np.ndarray, rotated: np.ndarray, spec: Spec) -> np.ndarray:
-    if spec.trust is not None:
+    if spec.trust is not None or spec.fade is not None:
         unrotated = Spec(**{**spec.__dict__, "rotated": False})
         gradient = gradient * trusted(rotated, unrotated)
     return hadamard(gradient, spec.axes) if spec.rotated else gradient

@@ -28,7 +28,7 @@ def model_of(*names: str) -> keras.Model:
 @pytest.mark.parametrize(
     ("spec", "weights", "activations"),
     [
-        ("A4W1", Ridge(1, trust=0.6), Ridge(4)),
+        ("A4W1", Ridge(1, fade=1.6), Ridge(4)),
         ("A8W8", Ridge(8), Ridge(8)),
         ("A3W5", Ridge(5), Ridge(3)),
         ("A1.5W1.5", Ridge(1.5), Ridge(1.5)),
@@ -40,17 +40,17 @@ def model_of(*names: str) -> keras.Model:
         ("A4W4-32", Ridge(4, block_size=32), Ridge(4, block_size=32)),
         (
             "A1W1-channel",
-            Ridge(1, trust=0.6, block_size="channel"),
-            Ridge(1, trust=0.6, block_size="channel"),
+            Ridge(1, fade=1.6, block_size="channel"),
+            Ridge(1, fade=1.6, block_size="channel"),
         ),
         ("A4W2-tensor", Ridge(2, block_size="tensor"), Ridge(4, block_size="tensor")),
         ("A4W4-2:4", Ridge(4, sparsity="2:4"), Ridge(4)),
-        ("W1-1:4", Ridge(1, trust=0.6, sparsity="1:4"), None),
-        ("A4W1-128-2:4", Ridge(1, trust=0.6, sparsity="2:4"), Ridge(4)),
-        ("A4W1-4:8-paired", Ridge(1, trust=0.6, sparsity="4:8-paired"), Ridge(4)),
+        ("W1-1:4", Ridge(1, fade=1.6, sparsity="1:4"), None),
+        ("A4W1-128-2:4", Ridge(1, fade=1.6, sparsity="2:4"), Ridge(4)),
+        ("A4W1-4:8-paired", Ridge(1, fade=1.6, sparsity="4:8-paired"), Ridge(4)),
         (
             "A4W1-channel-1:4",
-            Ridge(1, trust=0.6, block_size="channel", sparsity="1:4"),
+            Ridge(1, fade=1.6, block_size="channel", sparsity="1:4"),
             Ridge(4, block_size="channel"),
         ),
     ],
@@ -169,7 +169,7 @@ def test_first_match_wins():
 def test_what_a_rule_leaves_out_is_the_policys():
     (layer,) = model_of("head").layers
     policy = rq.QuantizationPolicy("A4W1", rules=[rq.Rule("head", activations=8)])
-    assert resolved(policy, layer) == (Ridge(1, trust=0.6), Ridge(8))
+    assert resolved(policy, layer) == (Ridge(1, fade=1.6), Ridge(8))
     policy = rq.QuantizationPolicy("A4W1", rules=[rq.Rule("head", weights=None)])
     assert resolved(policy, layer) == (None, Ridge(4))
     policy = rq.QuantizationPolicy("A4W1", rules=[rq.Rule("head", skip=True)])

@@ -120,3 +120,14 @@ def outside(values: Any, span: Range, grid: Grid) -> Any:
     beyond = ops.maximum(position - grid.high, grid.low - position)
     # The extremes of a "minmax" or "absmax" range lie on an edge, give or take their rounding.
     return ops.where(beyond > _ROUNDING * (grid.high - grid.low), beyond, 0.0)
+
+
+def beyond_thresholds(values: Any, span: Range, grid: Grid) -> Any:
+    """How far each value lies beyond the outermost threshold, in half steps; 0 between the two.
+
+    A threshold is where the code changes, half a step within an outermost code.
+    """
+    half = 0.5 * grid.edge_step
+    position = span.position(values) + grid.anchor
+    beyond = ops.maximum(position - (grid.high - half), (grid.low + half) - position)
+    return ops.maximum(beyond * (1.0 / half), 0.0)

@@ -67,6 +67,10 @@ class Quantizer:
         trust: None, or a factor >= 0: gradients stop at elements that lie farther outside the grid
             than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge. What is
             pruned lies inside as a rule, and keeps its gradient.
+        fade: None, or a number > 0: gradients of elements beyond the outermost threshold fade with
+            their distance from it, as a Gaussian whose standard deviation is this many half steps.
+            With one bit the only threshold is the middle. What `trust` cuts off at a point, this
+            lets out by degrees.
         sparsity: None, "N:M", (N, M), "N:M-paired" (neighbours stay or go together), or the
             fraction of zeros.
         calibration: "dynamic", the statistics of the tensor at hand; "static", for inputs of
@@ -89,6 +93,7 @@ class Quantizer:
         range: str = "auto",
         rotation: str | None = None,
         trust: float | None = None,
+        fade: float | None = None,
         sparsity: Any = None,
         calibration: str = "dynamic",
         conv_block_size: int | str = "channel",
@@ -99,6 +104,7 @@ class Quantizer:
         self.range = _check_choice("range", range, ("auto", *ranges.RANGES))
         self.rotation = rotations.check_rotation(rotation)
         self.trust = None if trust is None else check_nonnegative("trust", trust)
+        self.fade = None if fade is None else check_positive("fade", fade)
         self.sparsity = _sparsity_text(sparsity)
         self.calibration = _check_choice("calibration", calibration, ("dynamic", "static"))
         self.conv_block_size = check_block_size(conv_block_size, "conv_block_size")
@@ -237,13 +243,26 @@ class Quantizer:
     def gradient(
         self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
     ) -> Any:
-        """Gradient to the data from the gradient to its dequantized values, before `trust`."""
+        """Gradient to the data from the gradient to its dequantized values, before `attenuate`."""
         raise NotImplementedError(f"{type(self).__name__} defines no gradient.")
 
     def is_trusted(self, rounding: Rounding, span: Range) -> Any:
         """Where the gradient passes, if there is a `trust_factor`."""
         reach = self.trust_factor * 0.5 * self.grid.edge_step
         return ranges.outside(rounding.values, span, self.grid) <= reach
+
+    def attenuate(self, gradient: Any, rounding: Rounding, span: Range) -> Any:
+        """What `trust` and `fade` let through of a gradient."""
+        if self.trust_factor is not None:
+            gradient = ops.where(self.is_trusted(rounding, span), gradient, 0.0)
+        return self.faded(gradient, rounding.values, span)
+
+    def faded(self, gradient: Any, values: Any, span: Range) -> Any:
+        """What `fade` lets through of a gradient."""
+        if self.fade is None:
+            return gradient
+        distance = ranges.beyond_thresholds(values, span, self.grid)
+        return gradient * ops.exp(-0.5 * ops.square(distance * (1.0 / self.fade)))
 
     # The forward pass.
 
@@ -378,6 +397,7 @@ class Quantizer:
             "range": self.range,
             "rotation": self.rotation,
             "trust": self.trust,
+            "fade": self.fade,
             "sparsity": self.sparsity,
             "calibration": self.calibration,
             "conv_block_size": self.conv_block_size,
@@ -412,6 +432,14 @@ def check_nonnegative(name: str, value: Any) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not 0 <= value < float("inf"):
         raise ValueError(f"`{name}` must be a finite number >= 0. Received: {name}={value!r}")
+    return float(value)
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Returns `value` as a float or raises a `ValueError` that names the argument."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be a finite number > 0. Received: {name}={value!r}")
     return float(value)
 
 

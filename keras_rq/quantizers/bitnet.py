@@ -33,6 +33,7 @@ class BitNet(StraightThrough):
         range: see `Quantizer`. "auto": "absmean" for one bit and ternary, "absmax" for more.
         rotation: see `Quantizer`.
         trust: see `Quantizer`.
+        fade: see `Quantizer`.
         sparsity: see `Quantizer`.
         calibration: see `Quantizer`.
         conv_block_size: see `Quantizer`.
@@ -58,6 +59,7 @@ class BitNet(StraightThrough):
         range: str = "auto",
         rotation: str | None = None,
         trust: float | None = None,
+        fade: float | None = None,
         sparsity: Any = None,
         calibration: str = "dynamic",
         conv_block_size: int | str = "channel",
@@ -72,6 +74,7 @@ class BitNet(StraightThrough):
             range=range,
             rotation=rotation,
             trust=trust,
+            fade=fade,
             sparsity=sparsity,
             calibration=calibration,
             conv_block_size=conv_block_size,

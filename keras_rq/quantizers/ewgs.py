@@ -36,6 +36,7 @@ class EWGS(StraightThrough):
         range: see `Quantizer`.
         rotation: see `Quantizer`.
         trust: see `Quantizer`.
+        fade: see `Quantizer`.
         sparsity: see `Quantizer`. To a pruned element `x_q` is zero.
         calibration: see `Quantizer`.
         conv_block_size: see `Quantizer`.
@@ -62,6 +63,7 @@ class EWGS(StraightThrough):
         range: str = "auto",
         rotation: str | None = None,
         trust: float | None = 0.0,
+        fade: float | None = None,
         sparsity: Any = None,
         calibration: str = "dynamic",
         conv_block_size: int | str = "channel",
@@ -73,6 +75,7 @@ class EWGS(StraightThrough):
             range=range,
             rotation=rotation,
             trust=trust,
+            fade=fade,
             sparsity=sparsity,
             calibration=calibration,
             conv_block_size=conv_block_size,

@@ -32,6 +32,7 @@ class Learned(Quantizer):
         "range": "its range is trained",
         "calibration": "`keras_rq.calibrate` gives its inputs their first range",
         "ridge_lambda": "it fits no regression",
+        "fade": "its gradients end at the edge of the range, or at `trust`",
     }
 
     def __init__(

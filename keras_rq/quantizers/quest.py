@@ -35,6 +35,7 @@ class QuEST(StraightThrough):
         bits: 1, 1.5 (ternary), 2 to 8, or "fp4" (E2M1).
         trust: see `Quantizer`. "auto": one half step, the authors' default, and 0.3 for one bit,
             where their runs clip at 1.3 times the level.
+        fade: see `Quantizer`.
         block_size: see `Quantizer`; the authors have one scale per token and output channel.
         range: "rms" (which "auto" stands for too), "absmax" or "absmean".
         rotation: see `Quantizer`.
@@ -62,6 +63,7 @@ class QuEST(StraightThrough):
         bits: Bits,
         *,
         trust: float | str | None = "auto",
+        fade: float | None = None,
         block_size: int | str = "channel",
         range: str = "rms",
         rotation: str | None = "hadamard",
@@ -82,6 +84,7 @@ class QuEST(StraightThrough):
             range=range,
             rotation=rotation,
             trust=None if is_auto else trust,
+            fade=fade,
             sparsity=sparsity,
             calibration=calibration,
             conv_block_size=conv_block_size,

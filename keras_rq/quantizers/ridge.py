@@ -33,6 +33,7 @@ class Ridge(Quantizer):
         range: see `Quantizer`.
         rotation: see `Quantizer`.
         trust: see `Quantizer`.
+        fade: see `Quantizer`.
         sparsity: see `Quantizer`.
         calibration: see `Quantizer`.
         conv_block_size: see `Quantizer`.
@@ -60,6 +61,7 @@ class Ridge(Quantizer):
         range: str = "auto",
         rotation: str | None = None,
         trust: float | None = None,
+        fade: float | None = None,
         sparsity: Any = None,
         calibration: str = "dynamic",
         conv_block_size: int | str = "channel",
@@ -71,6 +73,7 @@ class Ridge(Quantizer):
             range=range,
             rotation=rotation,
             trust=trust,
+            fade=fade,
             sparsity=sparsity,
             calibration=calibration,
             conv_block_size=conv_block_size,

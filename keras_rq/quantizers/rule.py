@@ -99,8 +99,7 @@ class FakeQuantization:
         rounding = Rounding(self, self._rotate(x), span)
         upstream = self._rotate(upstream) if self.unrotate else ops.cast(upstream, "float32")
         gradient = quantizer.gradient(rounding, fitted, view.split(upstream), view)
-        if quantizer.trust_factor is not None:
-            gradient = ops.where(quantizer.is_trusted(rounding, span), gradient, 0.0)
+        gradient = quantizer.attenuate(gradient, rounding, span)
         return ops.cast(self._rotate(view.merge(gradient)), x.dtype)
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:

@@ -7,7 +7,7 @@ inference needs no statistics of the data at hand.
 
 For the gradient, the regression of very many elements onto their codes hardly moves with one of
 them: of the closed form in `keras_rq.numerics.dequantizers` the first-order term remains,
-`dL/dx = (scale / range_scale) G`, masked by `trust`.
+`dL/dx = (scale / range_scale) G`, masked by `trust` and `fade`.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def slopes(quantizer: Quantizer, values: Any, given: Parameters) -> tuple[Any, d
     """The derivative of the outputs to the data; none to the parameters."""
     span = _span(given)
     slope = given["scale"] / span.scale
-    if quantizer.trust is None:
-        return slope, {}
-    reach = quantizer.trust * 0.5 * quantizer.grid.edge_step
-    return ops.where(ranges.outside(values, span, quantizer.grid) <= reach, slope, 0.0), {}
+    if quantizer.trust is not None:
+        reach = quantizer.trust * 0.5 * quantizer.grid.edge_step
+        slope = ops.where(ranges.outside(values, span, quantizer.grid) <= reach, slope, 0.0)
+    return quantizer.faded(slope, values, span), {}
 
 
 def _span(given: Parameters) -> Range:

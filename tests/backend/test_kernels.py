@@ -20,6 +20,7 @@ QUANTIZERS = [
     Ridge(1, block_size="channel"),
     Ridge(8, block_size="channel", ridge_lambda=0.0),
     Ridge(1, trust=0.5, block_size=64),
+    Ridge(1, fade=1.6, block_size=64),
     Ridge(1.5, block_size=32),
     Ridge("fp4", block_size=64),
     Ridge(2, range="absmax", block_size=64),

@@ -86,6 +86,7 @@ def spec_of(quantizer: Quantizer, operand: Operand) -> Spec:
         paired=bool(paired),
         midrise=isinstance(quantizer, QuEST),
         trust=quantizer.trust_factor,
+        fade=quantizer.fade,
         rotated=quantizer.rotation is not None,
         edge=quantizer.grid.gaussian_edge,
     )

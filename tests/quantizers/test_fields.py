@@ -56,6 +56,8 @@ def test_auto(fields: dict[str, Any], offset: bool, rule: str):
         ({"trust": "1"}, ["`trust`", "finite number", "trust='1'"]),
         ({"trust": float("nan")}, ["`trust`", "trust=nan"]),
         ({"trust": float("inf")}, ["`trust`", "trust=inf"]),
+        ({"fade": 0}, ["`fade`", "finite number > 0", "fade=0"]),
+        ({"fade": True}, ["`fade`", "fade=True"]),
         ({"sparsity": "4:2"}, ["0 < N < M", "sparsity='4:2'"]),
         ({"sparsity": 1.5}, ["`sparsity`", "'N:M'", "between 0 and 1", "sparsity=1.5"]),
         ({"calibration": "moving"}, ["`calibration`", "'dynamic'", "calibration='moving'"]),
@@ -141,7 +143,7 @@ def test_numbers_of_numpy_are_numbers(estimator: type[Quantizer]):
 
 QUANTIZERS = [
     Ridge(4),
-    Ridge("FP4", ridge_lambda=0.5, trust=0.3, rotation="hadamard", range="rms"),
+    Ridge("FP4", ridge_lambda=0.5, trust=0.3, fade=2, rotation="hadamard", range="rms"),
     Ridge(1.5, sparsity=(1, 4), block_size="tensor", conv_block_size=8),
     StraightThrough(8, affine=False, sparsity=0.5, block_size="channel"),
     QuEST(1),

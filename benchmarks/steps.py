@@ -136,6 +136,11 @@ class TorchStep(Step):
     """The step of `TorchTrainer`, as it is or through `torch.compile`."""
 
     def __init__(self, model: keras.Model, x: Any, y: Any) -> None:
+        import torch
+
+        # All layers of all models share functions of Keras. From the ninth version of one on, its
+        # default is to run what is left of a model without the compiler.
+        torch._dynamo.config.recompile_limit = 256
         super().__init__(model, x, y)
         model.train()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,17 @@ class Rounding:
     def __init__(self, rule: FakeQuantization, x: Any, span: Range) -> None:
         self._rule, self._x, self._span = rule, x, span
         self.values = rule.view.split(x)
+        self._made: tuple[Any, Any] | None = None
 
-    @functools.cached_property
+    @property
     def _both(self) -> tuple[Any, Any]:
-        rule = self._rule
-        return rule.quantizer.round(self._x, self.values, self._span, rule.view, rule.blocks)
+        # No `cached_property`: that of Python 3.11 has a lock, at which torch.compile breaks off.
+        if self._made is None:
+            rule = self._rule
+            self._made = rule.quantizer.round(
+                self._x, self.values, self._span, rule.view, rule.blocks
+            )
+        return self._made
 
     @property
     def codes(self) -> Any:

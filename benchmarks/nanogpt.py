@@ -29,12 +29,13 @@ SEEDS = (0, 1, 2)
 DECIDING = ("recommended", "quest", "ridge")
 DECIDING_SETTINGS = ("A1W1", "A4W4")
 FLOAT = {"method": "float", "setting": "float"}
-# One field of `Ridge` after the other is changed. The range is one that linear and affine grids
-# can both have.
+# One field of `Ridge` after the other is changed; a trust mask takes the place of the fading. The
+# range is one that linear and affine grids can both have.
 KNOB_BASE = {
     "affine": True,
     "range": "rms",
-    "trust": 0.6,
+    "trust": None,
+    "fade": 1.6,
     "ridge_lambda": 0.01,
     "fit_gradient": True,
     "block_size": 128,
@@ -42,6 +43,7 @@ KNOB_BASE = {
 KNOB_RATE = 4e-3
 KNOBS: dict[str, tuple[Any, ...]] = {
     "affine": (True, False),
+    "fade": (None, 1.0, 1.3, 1.6, 2.0),
     "trust": (None, 0.3, 0.6, 1.0),
     "ridge_lambda": (0.0, 1e-4, 1e-2, 1.0),
     "fit_gradient": (True, False),
@@ -99,7 +101,8 @@ class Plans:
     def knob(self, name: str) -> list[runs.Order]:
         """The runs that differ in one field."""
         place = {"method": "ridge", "setting": "A1W1", "lr": KNOB_RATE}
-        fields = [{"both": {**KNOB_BASE, name: value}} for value in KNOBS[name]]
+        base = {**KNOB_BASE, "fade": None} if name == "trust" else KNOB_BASE
+        fields = [{"both": {**base, name: value}} for value in KNOBS[name]]
         return self.runs([{**place, "fields": one} for one in fields])
 
     def best_rate(self, rows: Sequence[Row], place: Place) -> float:

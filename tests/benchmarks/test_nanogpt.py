@@ -100,7 +100,7 @@ def test_plans_hold_what_the_tables_need():
     # The stock rate is shared with the first table.
     assert len(keys & {runs.key_of(run) for run in first}) == 8
     assert len(PLANS.sparse([])) == 4 * 2
-    assert len({runs.key_of(run) for run in PLANS.knobs([])}) == 2 + 4 + 4 + 2 + 4 + 3 - 5
+    assert len({runs.key_of(run) for run in PLANS.knobs([])}) == 2 + 5 + 4 + 4 + 2 + 4 + 3 - 6
 
 
 def test_long_runs_take_the_best_rate_of_the_short_ones():

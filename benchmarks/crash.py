@@ -271,9 +271,8 @@ def crash_writes(backend: str, callback: str, kills: int, seed: int) -> dict[str
     problems = []
     for _ in range(kills):
         with tempfile.TemporaryDirectory() as folder:
-            child = Child(backend, Path(folder), ["--writes", callback])
-            while child.wait_for_batch()[0] < 2:
-                pass
+            child = Child(write, Path(folder), callback=callback)
+            child.wait(until=(2, 0))
             time.sleep(chance.uniform(0, 0.5))
             child.kill()
             problems.append(backed_up(Path(folder, "backup"))[1])

@@ -23,7 +23,7 @@ from keras_rq.export import folding, interpreter, signatures
 from keras_rq.export._litert_convert import convert
 from keras_rq.export._litert_graph import IntegerGraph
 from keras_rq.export.lowering import Call, Lowered, Lowering
-from keras_rq.layers.base import all_lowered_by, is_quantized
+from keras_rq.layers.base import QuantizedLayer, all_lowered_by, is_quantized
 
 _OWN_PACKAGES = ("keras", "keras_rq")
 
@@ -90,11 +90,14 @@ def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
 
 def _pairs(model: keras.Model) -> Iterator[Lowered]:
     """The products of two activations, which the trace holds as they are trained."""
-    for layer in model._flatten_layers():
-        if is_quantized(layer):
-            for name in layer.pairs():
-                reason = "it is a product of two activations"
-                yield Lowered(f"{layer.path}/{name}", "float", reason, alone=False)
+    for layer in _quantized(model):
+        for name in layer.pairs():
+            reason = "it is a product of two activations"
+            yield Lowered(f"{layer.path}/{name}", "float", reason, alone=False)
+
+
+def _quantized(model: keras.Model) -> list[QuantizedLayer]:
+    return [layer for layer in model._flatten_layers() if is_quantized(layer)]
 
 
 def _convert(function: Callable[..., Any], signature: list[Any], graph: IntegerGraph) -> bytes:
@@ -132,6 +135,7 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
             "optimize": optimize,
             "specs": signatures.to_json(specs),
             "modules": _modules_of(model),
+            "paths": [layer.path for layer in _quantized(model)],
         }
         environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, "-m", "keras_rq.export.litert_child"]
@@ -180,6 +184,9 @@ def child_main(request: dict[str, Any]) -> list[dict[str, Any]]:
     for module in request["modules"]:
         __import__(module)
     model = keras.saving.load_model(request["source"], compile=False)
+    # Keras builds what a wrapper holds before the wrapper, when it loads: without its name around.
+    for layer, path in zip(_quantized(model), request["paths"], strict=True):
+        layer._path = path
     built = _build_here(model, signatures.from_json(request["specs"]), request["optimize"])
     target = Path(request["target"])
     target.write_bytes(built.content)

@@ -430,6 +430,7 @@ def test_products_inside_loops_run_in_float_and_are_named(unroll: bool, tmp_path
     result = rq.export(model, tmp_path / "m.tflite", inputs=arrays, verbose=False)
     assert max(differences(result.path, model, arrays)) < PRECISION
     assert [p.kernel for p in result.products] == ["float"] * 4 + ["integer"]
+    assert all(p.path.startswith("both/") for p in result.products[:4])
     assert {p.reason for p in result.products[:4]} == {
         "it lies in a loop over time steps; its weights are stored as float32"
     }

@@ -314,7 +314,7 @@ def work(options: argparse.Namespace) -> int:
         for c in ("keras_rq", "keras")
     ]
     for job in jobs:
-        row = job()
+        row = {**job(), "commit": file.provenance["commit"]}
         file.rows = [r for r in file.rows if _key(r) != _key(row)] + [row]
         file.write()
         print(json.dumps(row), flush=True)

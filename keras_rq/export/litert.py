@@ -162,8 +162,8 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
 
 
 def _modules_of(model: keras.Model) -> list[str]:
-    """Modules that a child process must import to know the model's own layer classes."""
-    modules = set()
+    """Modules that a child process must import to know the model's own classes and functions."""
+    modules = _registering(keras.saving.serialize_keras_object(model))
     for layer in model._flatten_layers():
         for cls in type(layer).__mro__:
             module = cls.__module__
@@ -177,6 +177,25 @@ def _modules_of(model: keras.Model) -> list[str]:
             if issubclass(cls, keras.layers.Layer) and module.split(".")[0] not in _OWN_PACKAGES:
                 modules.add(module)
     return sorted(modules)
+
+
+def _registering(config: Any) -> set[str]:
+    """Modules that registered with Keras what a configuration names, by either of its names."""
+    names = set(_strings(config))
+    return {
+        made.__module__
+        for name, made in keras.saving.get_custom_objects().items()
+        if {name, name.rpartition(">")[2]} & names
+        and made.__module__.split(".")[0] not in (*_OWN_PACKAGES, "__main__")
+    }
+
+
+def _strings(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, (dict, list, tuple)):
+        for part in config.values() if isinstance(config, dict) else config:
+            yield from _strings(part)
 
 
 def child_main(request: dict[str, Any]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from export_cases import (
     Doubled,
     branches,
     inputs,
+    tripled,
 )
 
 import keras_rq as rq
@@ -386,6 +387,14 @@ def test_a_child_process_converts_for_the_other_backends(tmp_path: Path):
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
     check = result.verification
     assert differences(result.path, model, arrays)[0] < PRECISION + 2 * check.own_sensitivity
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="converts in this process")
+def test_a_child_process_knows_registered_functions(tmp_path: Path):
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(8, tripled)])
+    model.quantize(rq.QuantizationPolicy("A8W8"), verbose=False)
+    result = rq.export(model, tmp_path / "m.tflite", verbose=False)
+    assert [p.kernel for p in result.products] == ["integer"]
 
 
 class InScript(layers.Layer):

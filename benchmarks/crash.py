@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 BACKENDS = ("tensorflow", "jax", "torch")
+PARTS = ("resume", "write")
 EPOCHS, BATCHES, BATCH = 16, 8, 8
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -271,9 +272,8 @@ def crash_writes(backend: str, callback: str, kills: int, seed: int) -> dict[str
     problems = []
     for _ in range(kills):
         with tempfile.TemporaryDirectory() as folder:
-            child = Child(backend, Path(folder), ["--writes", callback])
-            while child.wait_for_batch()[0] < 2:
-                pass
+            child = Child(write, Path(folder), callback=callback)
+            child.wait(until=(2, 0))
             time.sleep(chance.uniform(0, 0.5))
             child.kill()
             problems.append(backed_up(Path(folder, "backup"))[1])
@@ -295,6 +295,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause", type=float, default=0.02, help="seconds after every batch")
@@ -309,13 +310,15 @@ def work(options: argparse.Namespace) -> int:
     from rows import RowsFile
 
     file, bad = RowsFile(options.out), 0
-    jobs = [lambda: crash(options.worker, options.kills, options.seed, options.pause)]
-    jobs += [
-        lambda c=c: crash_writes(options.worker, c, options.write_kills, options.seed)
-        for c in ("keras_rq", "keras")
-    ]
-    for job in jobs:
-        row = job()
+    jobs = {
+        "resume": [lambda: crash(options.worker, options.kills, options.seed, options.pause)],
+        "write": [
+            lambda c=c: crash_writes(options.worker, c, options.write_kills, options.seed)
+            for c in ("keras_rq", "keras")
+        ],
+    }
+    for job in (job for part in options.parts for job in jobs[part]):
+        row = {**job(), "commit": file.provenance["commit"]}
         file.rows = [r for r in file.rows if _key(r) != _key(row)] + [row]
         file.write()
         print(json.dumps(row), flush=True)

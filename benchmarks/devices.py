@@ -276,7 +276,8 @@ def main() -> int:
         )
         failed = failed or done.returncode != 0
         if done.returncode == 0:
-            rows = json.loads(done.stdout.splitlines()[-1])
+            about = {"commit": file.provenance["commit"]}
+            rows = [row | about for row in json.loads(done.stdout.splitlines()[-1])]
             file.rows = [row for row in file.rows if row["backend"] != backend] + rows
             file.write()
             print("\n".join(summarize(rows)))

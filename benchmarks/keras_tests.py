@@ -184,7 +184,7 @@ def main() -> int:
     failed = False
     for backend in options.backends:
         for folder in options.folders:
-            row = compare(backend, folder, options)
+            row = compare(backend, folder, options) | {"commit": file.provenance["commit"]}
             failed = failed or bool(row["differs"])
             print(json.dumps({k: v for k, v in row.items() if k != "not passed without"}))
             same = [r for r in file.rows if (r["backend"], r["folder"]) == (backend, folder)]

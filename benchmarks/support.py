@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,14 @@ def measure(cases: dict[str, Any]) -> dict[str, Row]:
         except ModuleNotFoundError as error:
             rows[name]["absent"] = f"needs {error.name}, which is not installed"
             continue
+        except Exception as error:
+            rows[name]["absent"] = said(error)
+            continue
         rows[name]["quantized"] = single.quantized
         rows[name]["checks"] = {
             "fit": outcome(single.train),
             "save and load": outcome(single.save_and_load),
-            **{d: outcome(Single(name, case, d).train) for d in CHECKS if d.startswith("mixed")},
+            **{d: outcome(partial(train_in, d, name, case)) for d in CHECKS if d[:5] == "mixed"},
         }
         forget()
     for check in ("LiteRT export", "jit"):
@@ -162,6 +166,13 @@ def measure(cases: dict[str, Any]) -> dict[str, Row]:
         for name, result in found.items():
             rows[name]["checks"][check] = result
     return rows
+
+
+def train_in(dtype: str, name: str, case: Any) -> None:
+    """Trains a model of one layer in a dtype policy."""
+    from support_models import Single
+
+    Single(name, case, dtype).train()
 
 
 def together(check: str, trained: dict[str, Any], group: type, single: type) -> dict[str, Row]:
@@ -197,10 +208,14 @@ def outcome(check: Callable[[], Any], limit: float = LIMIT) -> Row:
     try:
         return {"works": True, "note": check()}
     except Exception as error:
-        text = " ".join(str(error).split())
-        return {"works": False, "note": f"{type(error).__name__}: {text}"[:600]}
+        return {"works": False, "note": said(error)}
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def said(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
 
 
 def _too_long(limit: float) -> None:

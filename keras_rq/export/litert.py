@@ -23,7 +23,7 @@ from keras_rq.export import folding, interpreter, signatures
 from keras_rq.export._litert_convert import convert
 from keras_rq.export._litert_graph import IntegerGraph
 from keras_rq.export.lowering import Call, Lowered, Lowering
-from keras_rq.layers.base import all_lowered_by, is_quantized
+from keras_rq.layers.base import QuantizedLayer, all_lowered_by, is_quantized
 
 _OWN_PACKAGES = ("keras", "keras_rq")
 
@@ -90,11 +90,14 @@ def _build_here(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile:
 
 def _pairs(model: keras.Model) -> Iterator[Lowered]:
     """The products of two activations, which the trace holds as they are trained."""
-    for layer in model._flatten_layers():
-        if is_quantized(layer):
-            for name in layer.pairs():
-                reason = "it is a product of two activations"
-                yield Lowered(f"{layer.path}/{name}", "float", reason, alone=False)
+    for layer in _quantized(model):
+        for name in layer.pairs():
+            reason = "it is a product of two activations"
+            yield Lowered(f"{layer.path}/{name}", "float", reason, alone=False)
+
+
+def _quantized(model: keras.Model) -> list[QuantizedLayer]:
+    return [layer for layer in model._flatten_layers() if is_quantized(layer)]
 
 
 def _convert(function: Callable[..., Any], signature: list[Any], graph: IntegerGraph) -> bytes:
@@ -132,6 +135,7 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
             "optimize": optimize,
             "specs": signatures.to_json(specs),
             "modules": _modules_of(model),
+            "paths": [layer.path for layer in _quantized(model)],
         }
         environment = {**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
         command = [sys.executable, "-m", "keras_rq.export.litert_child"]
@@ -158,8 +162,8 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
 
 
 def _modules_of(model: keras.Model) -> list[str]:
-    """Modules that a child process must import to know the model's own layer classes."""
-    modules = set()
+    """Modules that a child process must import to know the model's own classes and functions."""
+    modules = _registering(keras.saving.serialize_keras_object(model))
     for layer in model._flatten_layers():
         for cls in type(layer).__mro__:
             module = cls.__module__
@@ -175,11 +179,33 @@ def _modules_of(model: keras.Model) -> list[str]:
     return sorted(modules)
 
 
+def _registering(config: Any) -> set[str]:
+    """Modules that registered with Keras what a configuration names, by either of its names."""
+    names = set(_strings(config))
+    return {
+        made.__module__
+        for name, made in keras.saving.get_custom_objects().items()
+        if {name, name.rpartition(">")[2]} & names
+        and made.__module__.split(".")[0] not in (*_OWN_PACKAGES, "__main__")
+    }
+
+
+def _strings(config: Any) -> Iterator[str]:
+    if isinstance(config, str):
+        yield config
+    elif isinstance(config, (dict, list, tuple)):
+        for part in config.values() if isinstance(config, dict) else config:
+            yield from _strings(part)
+
+
 def child_main(request: dict[str, Any]) -> list[dict[str, Any]]:
     """The other end of the child process: loads, converts, and writes the file."""
     for module in request["modules"]:
         __import__(module)
     model = keras.saving.load_model(request["source"], compile=False)
+    # Keras builds what a wrapper holds before the wrapper, when it loads: without its name around.
+    for layer, path in zip(_quantized(model), request["paths"], strict=True):
+        layer._path = path
     built = _build_here(model, signatures.from_json(request["specs"]), request["optimize"])
     target = Path(request["target"])
     target.write_bytes(built.content)

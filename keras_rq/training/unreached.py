@@ -21,11 +21,14 @@ def reason_for_unknown(layer: keras.layers.Layer) -> str:
     if base_of(type(layer)) is not None:
         return reason_against(type(layer))
     tables = [v for v in layer._trainable_variables if len(v.shape) > 1]
-    if not tables:
-        return "multiplies no matrix"  # normalization and the like: float by design
+    if not tables:  # attention with a scale, say; or normalization and the like, float by design
+        return reason_for_float(layer) or "multiplies no matrix"
+    multiplies = _operations(layer, PRODUCTS)
     if type(layer).__module__.startswith("keras."):
-        return f"{name} has no quantized counterpart"
-    if _operations(layer, PRODUCTS):
+        if multiplies:
+            return f"{name} has no quantized counterpart"
+        return f"{name} multiplies no matrix by an operation of Keras"
+    if multiplies:
         return (
             f"{name} is not known; keras_rq.register_layer({name}, products=...) says which "
             "kernels it multiplies"
@@ -65,10 +68,6 @@ def reason_for_float(layer: keras.layers.Layer) -> str | None:
 
 def _operations(layer: keras.layers.Layer, names: Collection[str]) -> list[str]:
     """Which of some operations the layer's class, and those above it, call."""
-    classes = [
-        cls
-        for cls in type(layer).__mro__
-        if issubclass(cls, keras.layers.Layer) and not cls.__module__.startswith("keras.")
-    ]
+    classes = [cls for cls in type(layer).__mro__ if issubclass(cls, keras.layers.Layer)]
     codes = [code for cls in classes for code in codes_of(cls).values()]
     return sorted({operation for code in codes for operation in operations_in(code, names)})

@@ -21,6 +21,12 @@ class Doubled(layers.Layer):
         return 2 * x
 
 
+@keras.saving.register_keras_serializable("export_cases")
+def tripled(x: Any) -> Any:
+    """An activation of a user's own."""
+    return 3 * x
+
+
 BRANCHES = {
     "dense": lambda i: layers.Dense(12, name="dense")(i["flat"]),
     "relu": lambda i: layers.Dense(12, "relu", use_bias=False, name="relu")(i["flat"]),

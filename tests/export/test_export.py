@@ -24,6 +24,7 @@ from export_cases import (
     Doubled,
     branches,
     inputs,
+    tripled,
 )
 
 import keras_rq as rq
@@ -388,6 +389,14 @@ def test_a_child_process_converts_for_the_other_backends(tmp_path: Path):
     assert differences(result.path, model, arrays)[0] < PRECISION + 2 * check.own_sensitivity
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="converts in this process")
+def test_a_child_process_knows_registered_functions(tmp_path: Path):
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(8, tripled)])
+    model.quantize(rq.QuantizationPolicy("A8W8"), verbose=False)
+    result = rq.export(model, tmp_path / "m.tflite", verbose=False)
+    assert [p.kernel for p in result.products] == ["integer"]
+
+
 class InScript(layers.Layer):
     def call(self, x: Any) -> Any:
         return ops.abs(x)
@@ -430,6 +439,7 @@ def test_products_inside_loops_run_in_float_and_are_named(unroll: bool, tmp_path
     result = rq.export(model, tmp_path / "m.tflite", inputs=arrays, verbose=False)
     assert max(differences(result.path, model, arrays)) < PRECISION
     assert [p.kernel for p in result.products] == ["float"] * 4 + ["integer"]
+    assert all(p.path.startswith("both/") for p in result.products[:4])
     assert {p.reason for p in result.products[:4]} == {
         "it lies in a loop over time steps; its weights are stored as float32"
     }

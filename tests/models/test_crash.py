@@ -69,6 +69,12 @@ def test_a_kill_while_a_backup_is_written_leaves_the_one_before(tmp_path: Path, 
 
 
 @pytest.mark.once
+def test_kills_of_a_process_that_writes_all_the_time():
+    row = crash.crash_writes(keras.backend.backend(), "keras_rq", kills=1, seed=0)
+    assert (row["kills"], row["unreadable"], row["mismatched"]) == (1, 0, 0)
+
+
+@pytest.mark.once
 def test_the_next_fit_begins_at_its_first_epoch(tmp_path: Path):
     fit(model(), tmp_path / "backup", 2, delete_checkpoint=False)
     resumed = model()

@@ -233,6 +233,36 @@ def test_an_embedding_without_a_quantizer_for_its_table_stays_in_float():
     assert not isinstance(model.layers[0], QuantizedLayer)
 
 
+class Weighted(layers.Layer):
+    """Multiplies activations, and its weight is none of a matrix."""
+
+    def build(self, shape: Any) -> None:
+        self.scale = self.add_weight((), name="scale")
+
+    def call(self, x: Any) -> Any:
+        return self.scale * ops.matmul(x, ops.swapaxes(x, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        (layers.Attention(use_scale=True), "the products of Attention have no quantized"),
+        (layers.AdditiveAttention(), "the products of AdditiveAttention have no quantized"),
+        (Weighted(), "Weighted calls ops.matmul itself, which `matmuls` does not reach"),
+        (layers.LayerNormalization(), "multiplies no matrix"),
+        (layers.PReLU(), "PReLU multiplies no matrix by an operation of Keras"),
+        (layers.STFTSpectrogram(frame_length=2), "STFTSpectrogram has no quantized counterpart"),
+    ],
+    ids=lambda value: getattr(type(value), "__name__", None),
+)
+def test_what_is_said_of_weights_that_are_no_kernels(layer: layers.Layer, reason: str):
+    x = keras.Input((5, 8))
+    takes_two = isinstance(layer, layers.Attention)
+    model = keras.Model(x, layer([x, x] if takes_two else x))
+    kept = model.quantize(rq.QuantizationPolicy("A4W4", matmuls=8), verbose=False).kept_float
+    assert kept[layer.path].startswith(reason)
+
+
 def test_what_is_done_is_printed_unless_it_is_not_wanted(capsys: Any):
     make().quantize(A4W1)
     printed = capsys.readouterr().out

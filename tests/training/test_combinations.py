@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,22 +187,3 @@ def test_a_quantized_student_learns_from_a_float_teacher(tmp_path: Path):
         loaded = getattr(loaded, "student", loaded)
         assert loaded.get_layer("first").quantization == student.get_layer("first").quantization
         np.testing.assert_array_equal(loaded.predict(X, verbose=0), prediction)
-
-
-@pytest.mark.skipif(
-    BACKEND == "torch" and shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"
-)
-def test_compiled_steps_are_those_that_are_not():
-    """Of a layer that reads the statistics behind it, and of one that does not."""
-    policy = rq.QuantizationPolicy("A8W3-tensor", fold_batch_norm=True)
-    models = []
-    for jit in (False, True):
-        keras.utils.set_random_seed(0)
-        norm = layers.BatchNormalization(momentum=0.8)
-        model = connected(layers.Dense(8, use_bias=False), norm, layers.Dense(3))
-        assert model.quantize(policy, verbose=False).folded
-        models.append(compiled(model, jit_compile=jit))
-    before = trained(models[0])
-    np.testing.assert_allclose(*(fit(model) for model in models), rtol=1e-4)
-    assert_close(*(model.get_weights() for model in models), rtol=1e-4, atol=1e-5)
-    assert largest_gap(trained(models[0]), before) > 1e-2

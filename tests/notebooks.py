@@ -1,9 +1,13 @@
-"""Executes every notebook in `tutorials/` from its own folder; fails on the first error of each."""
+"""Executes every notebook in `tutorials/`; fails on the first error of each.
+
+Each runs in a folder that is deleted with what it wrote there.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,16 +22,17 @@ SECONDS_PER_CELL = 1200
 def execute(path: Path) -> str:
     """Runs one notebook without writing it back; returns the error, or an empty string."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(
-        notebook,
-        timeout=SECONDS_PER_CELL,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
-    )
-    try:
-        client.execute()
-    except CellExecutionError as error:
-        return str(error)
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(
+            notebook,
+            timeout=SECONDS_PER_CELL,
+            kernel_name="python3",
+            resources={"metadata": {"path": folder}},
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            return str(error)
     return ""
 
 

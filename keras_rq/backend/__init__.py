@@ -20,6 +20,7 @@ def _active():
 
 
 _backend = _active()
+as_it_is_now = _backend.as_it_is_now
 call_in_graph = _backend.call_in_graph
 convolve = _backend.convolve
 eagerly = _backend.eagerly
@@ -31,6 +32,7 @@ product_with_gradient = _backend.product_with_gradient
 with_gradient = _backend.with_gradient
 
 __all__ = [
+    "as_it_is_now",
     "call_in_graph",
     "convolve",
     "eagerly",

@@ -29,6 +29,11 @@ def make_known(owner: Any) -> None:
     """Prepares an owner for `call_in_graph`."""
 
 
+def as_it_is_now(value: Any) -> Any:
+    """A value that may be assigned anew before the backward pass, which reads the one of now."""
+    return value
+
+
 def forget_traces() -> None:
     """Has functions traced again that were compiled before; new ones are traced anyway."""
 

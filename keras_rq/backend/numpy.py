@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_rq.backend.common import as_it_is_now as as_it_is_now
 from keras_rq.backend.common import call_in_graph as call_in_graph
 from keras_rq.backend.common import eagerly as eagerly
 from keras_rq.backend.common import forget_traces as forget_traces

@@ -70,6 +70,23 @@ def _traced_by_running(
         _IN_GRAPH.reset(token)
 
 
+def as_it_is_now(value: torch.Tensor) -> torch.Tensor:
+    """A value that may be assigned anew before the backward pass, which reads the one of now."""
+    is_kept = torch.compiler.is_compiling() and torch.is_grad_enabled()
+    return _copied(value) if is_kept else value
+
+
+@torch.library.custom_op("keras_rq::copied", mutates_args=())
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    """A copy that the compiler keeps: of its own operations it would make it again, of `value`."""
+    return value.clone()
+
+
+@_copied.register_fake
+def _(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
 class _Ruled(torch.autograd.Function):
     """Runs a `GradientRule`; `setup_context` style, which torch.func and torch.compile need."""
 

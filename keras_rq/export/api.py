@@ -14,13 +14,9 @@ from keras import ops
 from keras_rq.export import folding, litert, signatures
 from keras_rq.export.interpreter import IntegerKernel, integer_kernels
 from keras_rq.export.lowering import Lowered
-from keras_rq.export.verification import (
-    Verification,
-    check_destination,
-    verify,
-    write_atomically,
-)
+from keras_rq.export.verification import Verification, check_destination, verify
 from keras_rq.layers.base import is_quantized
+from keras_rq.training.files import write_atomically
 
 _SUFFIXES = {".tflite": "litert", ".litert": "litert"}
 _SAMPLES = 8

@@ -18,6 +18,7 @@ import keras
 from keras import ops
 from keras.src.models.functional import Functional
 
+from keras_rq import backend
 from keras_rq.layers.products import Product
 from keras_rq.layers.registry import products_of, quantized_class
 
@@ -41,7 +42,9 @@ def factor(norm: Any, product: Product, kernel_shape: tuple[int, ...]) -> Any:
     A sign would turn the grid of a channel around, which the kernel can do without: the codes of a
     file are negated where `gamma` is negative.
     """
-    scale = ops.rsqrt(_value(norm.moving_variance) + norm.epsilon)
+    # The normalization behind the layer moves its statistics before the backward pass.
+    variance = backend.as_it_is_now(_value(norm.moving_variance))
+    scale = ops.rsqrt(variance + norm.epsilon)
     if norm.gamma is not None:
         scale = scale * ops.maximum(ops.abs(_value(norm.gamma)), SMALLEST_GAMMA)
     return ops.reshape(scale, product.columns(norm.axis, norm.input_spec.ndim, kernel_shape))

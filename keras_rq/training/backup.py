@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+
+from keras_rq.training.files import to_disk, write_atomically
 
 _STATE = "backup.json"
 _WEIGHTS = "epoch-{epoch}.weights.h5"
@@ -104,9 +105,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / _WEIGHTS.format(epoch=done)
         self.model.save_weights(path, overwrite=True)
-        _to_disk(path)
+        to_disk(path)
         seeds = [ops.convert_to_numpy(state).tolist() for state in self._seeds()]
-        _replace(self._folder / _STATE, json.dumps({"epoch": done, "seeds": seeds}))
+        state = json.dumps({"epoch": done, "seeds": seeds})
+        write_atomically(self._folder / _STATE, state.encode())
+        to_disk(self._folder)
         for other in self._folder.glob(_WEIGHTS.format(epoch="*")):
             if other != path:
                 other.unlink()
@@ -155,23 +158,3 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             )
         for state, value in zip(states, saved, strict=True):
             state.assign(np.asarray(value, keras.backend.standardize_dtype(state.dtype)))
-
-
-def _replace(path: Path, text: str) -> None:
-    """Replaces a file at once: others see the old content or the new."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text)
-    _to_disk(new)
-    new.replace(path)
-    _to_disk(path.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, would survive a loss of power."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

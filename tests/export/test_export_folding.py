@@ -165,3 +165,31 @@ def test_a_multiplied_kernel_has_positive_scales(bits: float, size: Any, affine:
     np.testing.assert_allclose(to_numpy(result.dequantize()), expected, rtol=0, atol=1e-6)
     assert np.all(result.line.scale >= 0)
     assert storage_bits(result.codes, bits) == storage_bits(tensor.codes, bits)
+
+
+@pytest.mark.once
+def test_a_model_that_was_trained_folded_is_the_file(tmp_path: Path):
+    inputs = keras.Input((6, 6, 3), name="x")
+    y = layers.Conv2D(8, 3, use_bias=False, name="conv")(inputs)
+    y = layers.ReLU()(layers.BatchNormalization(momentum=0.5, name="conv_norm")(y))
+    y = layers.DepthwiseConv2D(3, name="depthwise")(y)
+    y = layers.BatchNormalization(momentum=0.5, name="depthwise_norm")(y)
+    model = keras.Model(inputs, layers.Dense(4, name="head")(layers.Flatten()(y)))
+    setting = rq.QuantizationPolicy("A4W2-tensor", fold_batch_norm=True)
+    assert len(model.quantize(setting, verbose=False).folded) == 2
+    model.compile(keras.optimizers.SGD(0.05), "mse")
+    x = np.random.normal(size=(32, 6, 6, 3)).astype("float32")
+    before = [to_numpy(v) for v in model.weights]
+    losses = model.fit(x, x[:, 0, :4, 0], epochs=4, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert all(np.any(to_numpy(v) != old) for v, old in zip(model.weights, before, strict=True))
+
+    result = rq.export(model, tmp_path / "m.tflite", inputs=x, verbose=False)
+    assert set(result.folded) == {"conv_norm", "depthwise_norm"} and not result.not_folded
+    assert result.verification.product_difference < 1e-5
+    run = load(result.path.read_bytes()).get_signature_runner()
+    samples = [x[i : i + 1] for i in range(len(x))]  # a range is that of all that is given at once
+    received = np.concatenate([run(x=sample)["output_0"] for sample in samples])
+    expected = np.concatenate([to_numpy(model(sample, training=False)) for sample in samples])
+    accepted = 1e-5 + 2 * result.verification.own_sensitivity
+    assert relative_error(received, expected) < accepted < 0.02

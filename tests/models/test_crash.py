@@ -58,7 +58,7 @@ def test_a_kill_while_a_backup_is_written_leaves_the_one_before(tmp_path: Path, 
         raise SystemExit
 
     fit(model(), tmp_path, 2, delete_checkpoint=False)
-    for at in ("keras.Model.save_weights", "keras_rq.training.backup._replace"):
+    for at in ("keras.Model.save_weights", "keras_rq.training.backup.write_atomically"):
         with monkeypatch.context() as patch:
             patch.setattr(at, killed)
             with pytest.raises(SystemExit):

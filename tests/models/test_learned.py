@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,26 +179,6 @@ def test_mixed_precision(dtype: str, make: Any, policy: str, tmp_path: Path):
     for layer in quantized_layers(member.model):
         assert {v.dtype for v in parameters.variables_of(layer)} == {"float32"}
     np.testing.assert_array_equal(member.predict(loaded), member.predict())
-
-
-@pytest.mark.skipif(
-    BACKEND == "torch" and shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"
-)
-@pytest.mark.parametrize("policy", ["learned", "static"])
-def test_a_compiled_step_is_the_eager_one(policy: str):
-    """With plain gradient descent: Adam makes whole steps of gradients that are all rounding."""
-    eager, compiled = made("nested", policy), made("nested", policy)
-    for member in (eager, compiled):
-        for layer in quantized_layers(member.model):  # sums of codes that vanish are no ties then
-            layer.bias.assign(0.1 * np.random.default_rng(0).normal(size=layer.bias.shape))
-    before = arrays(compiled.model.trainable_variables)
-    for member, jit in ((eager, False), (compiled, True)):
-        member.model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit)
-        member.model.train_on_batch(member.x, member.y)
-    after = arrays(eager.model.trainable_variables)
-    for a, b, start in zip(arrays(compiled.model.trainable_variables), after, before, strict=True):
-        assert np.any(a != start)
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def by_name(optimizer: Any) -> dict[str, list[np.ndarray]]:

@@ -306,7 +306,7 @@ def prepare(task: Task, run: Run) -> Prepared:
 
 
 def _loop(model: keras.Model, batch: tuple[Any, Any]) -> None:
-    """Gives `fit` a function that takes a step for every element of a batch's first axis.
+    """Makes `fit` take a step for every element of a batch's first axis.
 
     Keras runs the steps of an execution one after the other from Python under JAX, which costs a
     small model more time than the steps do.
@@ -319,12 +319,19 @@ def _loop(model: keras.Model, batch: tuple[Any, Any]) -> None:
         logs, state = model.train_step(state, batch)
         return state, logs
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def steps(state: Any, batches: Any) -> tuple[Any, Any]:
-        state, logs = jax.lax.scan(step, state, batches)
-        return jax.tree.map(lambda value: value[-1], logs), state
+    def make(force: bool = False) -> None:
+        """In place of the model's own; callbacks force it where a step is to be another one."""
+        if model.train_function is not None and not force:
+            return
 
-    model.train_function = lambda state, iterator: steps(state, next(iterator))
+        @functools.partial(jax.jit, donate_argnums=0)
+        def steps(state: Any, batches: Any) -> tuple[Any, Any]:
+            state, logs = jax.lax.scan(step, state, batches)
+            return jax.tree.map(lambda value: value[-1], logs), state
+
+        model.train_function = lambda state, iterator: steps(state, next(iterator))
+
+    model.make_train_function = make
 
 
 def _distiller(task: Task, run: Run, model: keras.Model) -> keras.Model | None:
@@ -338,7 +345,9 @@ def _distiller(task: Task, run: Run, model: keras.Model) -> keras.Model | None:
 
 
 def _steps_per_execution(callbacks: list[keras.callbacks.Callback], interval: int) -> int:
-    """What is called at every batch needs every batch to be an execution."""
+    """What is called at every batch needs every batch to be an execution, and so does PyTorch."""
+    if keras.backend.backend() == "torch":
+        return 1
     plain = keras.callbacks.Callback
     names = ("on_train_batch_begin", "on_train_batch_end")
     if any(getattr(type(c), name) is not getattr(plain, name) for c in callbacks for name in names):

@@ -95,7 +95,7 @@ ONCE = pytest.mark.once
 
 @pytest.mark.parametrize(
     ("weights", "activations"),
-    [(4, 4), (1.5, 2), pytest.param(1, 1, marks=ONCE), pytest.param(2, None, marks=ONCE)],
+    [(4, 4), *(pytest.param(*bits, marks=ONCE) for bits in ((1.5, 2), (1, 1), (2, None)))],
 )
 def test_widths_come_down_from_ten_bits_to_their_targets(weights: Any, activations: Any):
     model = compiled(quantized(weights, activations), 0.02)

@@ -76,13 +76,17 @@ def section(folder: Path, device: str) -> str | None:
         return None
     measured = json.loads(file.read_text())
     machine = next(iter(measured["provenance"].values()))["machine"]
-    where = machine["gpu"].split(",")[0] if machine["gpu"] else f"CPU, {machine['cores']} cores"
+    gpu = machine["gpu"] and machine["gpu"].split(",")[0]  # the driver comes after it
+    where = gpu or f"CPU, {machine['cores']} cores"
     text = f"Step time on one {where}, over that of the float model (lower is better):\n\n"
     text += ours(measured["rows"])
     others = folder / f"peers_{device}.json"
     if others.exists():
-        text += "\n\nOther libraries there at 8 bits, each over its own float model:\n\n"
-        text += peers(json.loads(others.read_text())["rows"])
+        theirs = json.loads(others.read_text())
+        names = {one["accelerator"] for one in theirs["provenance"]["packages"].values()}
+        on = "there" if names == {gpu} else f"on one {', '.join(sorted(names))},"
+        text += f"\n\nOther libraries {on} at 8 bits, each over its own float model:\n\n"
+        text += peers(theirs["rows"])
     return text
 
 

@@ -121,7 +121,11 @@ def work(options: argparse.Namespace) -> None:
 
 
 def begin(options: argparse.Namespace) -> Results:
-    """Opens the file and says in it what the rows of this framework belong to."""
+    """Opens the file and says in it what the rows of this framework belong to.
+
+    Raises:
+        RuntimeError: the device is not the one asked for, or not the one of the rows in the file.
+    """
     import keras
     import steps
 
@@ -129,6 +133,13 @@ def begin(options: argparse.Namespace) -> Results:
         raise RuntimeError(f"--device {options.device}, but a GPU is seen: {steps.sees_gpu()}")
     results = Results(options.out)
     found = provenance(options) | {"copy_bytes_per_second": steps.copy_rate(options.device)}
+    before = results.provenance.get(keras.backend.backend(), found)
+    devices = [one["machine"]["gpu"] or one["machine"]["cpu"] for one in (before, found)]
+    if devices[0] != devices[1]:
+        raise RuntimeError(
+            f"{options.out} has rows of {devices[0]}, and this is {devices[1]}: the two do "
+            "not compare. Write to another file, or leave out --resume."
+        )
     results.provenance[keras.backend.backend()] = found
     results.write()
     return results

@@ -103,7 +103,7 @@ def _root_mean_square(values: Any, view: BlockView) -> Any:
     # Relative to the largest magnitude, so that the squares of huge and tiny values stay finite.
     values = view.present(values)
     unit = _at_least(view.magnitude(values))
-    return unit * ops.sqrt(view.mean_of_present(ops.square(values / unit)))
+    return unit * ops.sqrt(view.mean_of_present(ops.square(values * (1.0 / unit))))
 
 
 def _at_least(scale: Any) -> Any:

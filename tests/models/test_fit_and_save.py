@@ -116,7 +116,8 @@ def test_other_estimators_train_and_are_saved(name: str, policy: Any, tmp_path: 
     assert all("norm" in path for path in report.kept_float)
     member.compile()
     losses = member.fit(epochs=10)
-    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    # The later half, since single epochs jump where values on the border of two codes change sides.
+    assert np.isfinite(losses).all() and np.median(losses[5:]) < losses[0]
     member.model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     assert [layer.quantization for layer in quantized_layers(loaded)] == [

@@ -43,8 +43,8 @@ class Wanted:
 Recipe = Callable[[Wanted], Quantizer]
 
 
-# At one bit, gradients fade with the distance from the threshold. `benchmarks/results/nanogpt.json`
-# compares it with cutting them off, and several widths.
+# At one bit, gradients fade with the distance from the threshold rather than stop at one. The plan
+# "knobs" of `benchmarks/nanogpt.py` compares the two, and several widths.
 _FADE_OF_ONE_BIT = 1.6
 
 

@@ -429,17 +429,18 @@ class Quantizer:
 
 def check_nonnegative(name: str, value: Any) -> float:
     """Returns `value` as a float or raises a `ValueError` that names the argument."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 <= value < float("inf"):
-        raise ValueError(f"`{name}` must be a finite number >= 0. Received: {name}={value!r}")
-    return float(value)
+    return _check_number(name, value, ">= 0", lambda number: number >= 0)
 
 
 def check_positive(name: str, value: Any) -> float:
     """Returns `value` as a float or raises a `ValueError` that names the argument."""
+    return _check_number(name, value, "> 0", lambda number: number > 0)
+
+
+def _check_number(name: str, value: Any, bound: str, is_within: Callable[[Any], bool]) -> float:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be a finite number > 0. Received: {name}={value!r}")
+    if not is_number or not (is_within(value) and value < float("inf")):
+        raise ValueError(f"`{name}` must be a finite number {bound}. Received: {name}={value!r}")
     return float(value)
 
 

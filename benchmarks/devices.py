@@ -184,7 +184,8 @@ def time_steps(options: argparse.Namespace, trainees: dict[str, places.Trainee])
     import models
 
     rows = []
-    for name, batch in TIMED.items():
+    for name in options.timed:
+        batch = TIMED[name]
         workload = models.MODELS[name]
         for policy in ("float", *options.policies):
             row = {"model": name, "policy": policy, "batch": batch, "count": options.count}
@@ -247,6 +248,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--count", type=int, help="of devices")
     parser.add_argument("--time", action="store_true", help="measure steps, too")
+    parser.add_argument("--timed", nargs="+", choices=list(TIMED), default=list(TIMED))
     parser.add_argument("--timed-steps", type=int, default=20, help="in an epoch")
     parser.add_argument("--out", type=Path, help="JSON file of results")
     parser.add_argument("--commit", help="the commit, where the sources are no git checkout")
@@ -265,12 +267,14 @@ def main() -> int:
 
     root = str(Path(__file__).resolve().parent.parent)
     sys.path.insert(0, root)
+    os.environ.setdefault("KERAS_BACKEND", options.backends[0])
     file, failed = RowsFile(options.out), False
     options.rounds = options.seeds
     file.provenance = provenance(options)
     for backend in options.backends:
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-        environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "PYTHONPATH": root}
+        paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ, "PYTHONPATH": paths}
         done = subprocess.run(
             [*command, "--worker", backend], env=environment, stdout=subprocess.PIPE, text=True
         )

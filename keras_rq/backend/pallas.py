@@ -103,15 +103,16 @@ class _Tiles(NamedTuple):
 
 def forward(rule: GradientRule, x: Any) -> tuple[Any, Sequence[Any]]:
     """The rule's output and statistics; no statistics where a kernel may make the output."""
-    if (tiles := _tiles(rule)) is None:
+    inside = rule.inside(x.dtype)
+    if (tiles := _tiles(inside)) is None:
         return rule.forward(x)
 
-    def on_tiles(x: Any) -> tuple[Any, ...]:
-        return run(rule, tiles, lambda tiled, x: tiled.forward(x)[:1], 1, x)
+    def on_tiles(x: Any) -> Any:
+        (y,) = run(inside, tiles, lambda tiled, x: tiled.forward(x)[:1], rule.enter(x))
+        return rule.leave(y, x.dtype)
 
-    return jax.lax.platform_dependent(x, cuda=on_tiles, default=lambda x: (rule.forward(x)[0],))[
-        0
-    ], ()
+    made = jax.lax.platform_dependent(x, cuda=on_tiles, default=lambda x: rule.forward(x)[0])
+    return made, ()
 
 
 def backward(rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
@@ -129,7 +130,8 @@ def backward_and_again(
 def _backward(
     rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any, again: bool
 ) -> tuple[Any, ...]:
-    if (tiles := _tiles(rule)) is None:
+    inside = rule.inside(x.dtype)
+    if (tiles := _tiles(inside)) is None:
         gradient = rule.backward(x, statistics, upstream)
         return (gradient, rule.again(x, statistics)) if again else (gradient,)
 
@@ -139,7 +141,9 @@ def _backward(
         return (gradient, y) if again else (gradient,)
 
     def on_tiles(x: Any, upstream: Any) -> tuple[Any, ...]:
-        return run(rule, tiles, passes, 1 + again, x, upstream)
+        made = run(inside, tiles, passes, rule.enter(x), rule.enter_back(upstream))
+        gradient = rule.leave_back(made[0], x.dtype)
+        return (gradient, rule.leave(made[1], x.dtype)) if again else (gradient,)
 
     plain = functools.partial(passes, rule)
     return jax.lax.platform_dependent(x, upstream, cuda=on_tiles, default=plain)
@@ -162,21 +166,22 @@ def run(
     rule: GradientRule,
     tiles: _Tiles,
     passes: Callable[..., tuple[Any, ...]],
-    outputs: int,
     *arrays: Any,
     interpret: bool = False,
 ) -> tuple[Any, ...]:
-    """Runs `passes(rule, *tiles)` on every tile of the arrays, which are shaped and typed alike.
+    """Runs `passes(rule, *tiles)` on every tile of the arrays, which are shaped alike.
 
     Args:
         rule: the rule of the arrays.
         tiles: how they are cut.
         passes: makes tiles of tiles.
-        outputs: how many.
         arrays: what a kernel reads.
         interpret: run the kernel as array operations, on any device.
     """
     tiled = rule.on_view(tiles.view)
+    split = [rule.split(a) for a in arrays]
+    in_tiles = (jax.ShapeDtypeStruct(tiles.tile, s.dtype) for s in split)
+    made = jax.eval_shape(functools.partial(passes, tiled), *in_tiles)
 
     def kernel(*refs: Any) -> None:
         index, mask = tiles.index, tiles.mask
@@ -185,12 +190,11 @@ def run(
             for ref in refs[: len(arrays)]
         ]
         for ref, value in zip(refs[len(arrays) :], passes(tiled, *loaded), strict=True):
-            triton.store(ref.at[index], value.astype(ref.dtype), mask=mask)
+            triton.store(ref.at[index], value, mask=mask)
 
-    split = [rule.split(a) for a in arrays]
     made = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(tiles.shape, split[0].dtype)] * outputs,
+        out_shape=[jax.ShapeDtypeStruct(tiles.shape, one.dtype) for one in made],
         grid=tiles.grid,
         compiler_params=triton.CompilerParams(num_warps=tiles.warps),
         interpret=interpret,

@@ -40,6 +40,25 @@ class GradientRule(Protocol):
     def on_view(self, view: Any) -> Self:
         """The same rule for whole blocks laid out as `view`, a `numerics.blocks.BlockView`."""
 
+    def inside(self, dtype: Any) -> Self:
+        """What is left of the rule for a tensor of `dtype` when these four do what they can.
+
+        `forward(x)` is `leave(inside.forward(enter(x)), dtype)`, and `backward(x, upstream)` is
+        `leave_back(inside.backward(enter(x), enter_back(upstream)), dtype)`.
+        """
+
+    def enter(self, x: Any) -> Any:
+        """What `inside` takes for `x`."""
+
+    def leave(self, y: Any, dtype: Any) -> Any:
+        """The output from that of `inside`."""
+
+    def enter_back(self, upstream: Any) -> Any:
+        """What `inside` takes for the gradient to the output."""
+
+    def leave_back(self, gradient: Any, dtype: Any) -> Any:
+        """The gradient to `x` from that of `inside`."""
+
 
 class Forward(Protocol):
     """Another way to compute a product forward, with the gradient of the product itself.

@@ -50,22 +50,29 @@ class FakeQuantization:
         view: the tensor's blocks.
         blocks: what the view was made of.
         unrotate: undo the quantizer's rotation afterwards.
+        rotated: None; or the dtype of outputs, where tensors come rotated and stay so.
     """
 
     def __init__(
-        self, quantizer: Quantizer, view: BlockView, blocks: Blocks, unrotate: bool
+        self,
+        quantizer: Quantizer,
+        view: BlockView,
+        blocks: Blocks,
+        unrotate: bool,
+        rotated: Any = None,
     ) -> None:
         self.quantizer, self.view, self.blocks = quantizer, view, blocks
-        self.unrotate = unrotate
+        self.unrotate, self.rotated = unrotate, rotated
 
     @property
     def tiling(self) -> tuple[int, int, int] | None:
         """`(outer, block, inner)` if every block is a line of its own in a tensor of that shape.
 
-        A kernel may then work tile by tile. Masks and rotations look beyond a single block.
+        A kernel may then work tile by tile. Masks and rotations look beyond a single block; a
+        rotation can be done before and after, see `inside`.
         """
-        quantizer = self.quantizer
-        return self.view.extents if quantizer.pattern is quantizer.rotation is None else None
+        alone = self.quantizer.pattern is None and not self._rotates
+        return self.view.extents if alone else None
 
     @property
     def split_is_reshape(self) -> bool:
@@ -80,7 +87,7 @@ class FakeQuantization:
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        return self.quantizer, self.view, self.blocks, self.unrotate
+        return self.quantizer, self.view, self.blocks, self.unrotate, self.rotated
 
     def split(self, x: Any) -> Any:
         return self.view.split(x)
@@ -90,13 +97,36 @@ class FakeQuantization:
 
     def on_view(self, view: BlockView) -> FakeQuantization:
         """The same passes over another view."""
-        return FakeQuantization(self.quantizer, view, self.blocks, self.unrotate)
+        return FakeQuantization(self.quantizer, view, self.blocks, self.unrotate, self.rotated)
+
+    @property
+    def _rotates(self) -> bool:
+        return self.quantizer.rotation is not None and self.rotated is None
+
+    def inside(self, dtype: Any) -> FakeQuantization:
+        """The same passes without their rotations, which `enter` and `leave` do."""
+        if not self._rotates:
+            return self
+        kept = "float32" if self.unrotate else keras.backend.standardize_dtype(dtype)
+        return FakeQuantization(self.quantizer, self.view, self.blocks, False, kept)
+
+    def enter(self, x: Any) -> Any:
+        return self._rotate(x) if self._rotates else x
+
+    def leave(self, y: Any, dtype: Any) -> Any:
+        return cast_within(self._rotate(y), dtype) if self._rotates and self.unrotate else y
+
+    def enter_back(self, upstream: Any) -> Any:
+        return self._rotate(upstream) if self._rotates and self.unrotate else upstream
+
+    def leave_back(self, gradient: Any, dtype: Any) -> Any:
+        return ops.cast(self._rotate(gradient), dtype) if self._rotates else gradient
 
     def forward(self, x: Any) -> tuple[Any, list[Any]]:
         encoding = self.quantizer.encode(self._rotate(x), self.view, self.blocks)
         statistics = [part for part in encoding.span if part is not None]
         statistics += [part for part in encoding.fitted if part is not None]  # see `_parts`
-        return self._values(encoding.codes, encoding.line, x.dtype), statistics
+        return self._values(encoding.codes, encoding.line, self.rotated or x.dtype), statistics
 
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
         quantizer, view = self.quantizer, self.view
@@ -110,7 +140,7 @@ class FakeQuantization:
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         span, fitted = self._parts(statistics)
         codes = Rounding(self, self._rotate(x), span).codes
-        return self._values(codes, self.quantizer.line(span, fitted), x.dtype)
+        return self._values(codes, self.quantizer.line(span, fitted), self.rotated or x.dtype)
 
     def _parts(self, statistics: Sequence[Any]) -> tuple[Range, tuple[Any, ...]]:
         of_span = 2 if self.quantizer.grid.affine else 1
@@ -122,6 +152,8 @@ class FakeQuantization:
         return cast_within(self._rotate(values) if self.unrotate else values, dtype)
 
     def _rotate(self, x: Any) -> Any:
+        if self.rotated is not None:
+            return ops.cast(x, "float32")
         return self.quantizer.rotate(x, self.blocks)
 
 

@@ -26,6 +26,8 @@ QUANTIZERS = [
     Ridge(2, range="absmax", block_size=64),
     StraightThrough(4, trust=0.0, range="rms", block_size=64),
     QuEST(4, rotation=None),
+    QuEST(1),
+    Ridge(4, rotation="hadamard", block_size=64),
     BitNet(1, block_size=64),
     EWGS(2, block_size=64),
 ]
@@ -47,7 +49,7 @@ def make(quantizer: Any, shape: tuple[int, ...], axes: Any, dtype: str) -> tuple
     """A rule, data and an upstream gradient; skips what has no tiles."""
     axes = axes if isinstance(axes, tuple) else (axes,)
     rule = quantizer.rule(shape, quantizer.blocks(axes))
-    if rule.tiling is None:
+    if rule.inside(dtype).tiling is None:
         pytest.skip("ragged blocks run as plain array operations")
     rng = np.random.default_rng(0)
     data = (ops.cast(rng.normal(size=shape).astype("float32"), dtype) for _ in range(2))
@@ -76,8 +78,11 @@ def test_pallas_kernels_equal_the_rule(quantizer: Any, shape: Any, axes: Any, dt
     from keras_rq.backend import pallas
 
     rule, x, upstream = make(quantizer, shape, axes, dtype)
-    tiles = pallas._Tiles.cut(rule.tiling)
-    made = pallas.run(rule, tiles, both, 2, x, upstream, interpret=not pallas.on_gpu())
+    inside = rule.inside(x.dtype)
+    tiles, given = pallas._Tiles.cut(inside.tiling), (rule.enter(x), rule.enter_back(upstream))
+    gradient, y = pallas.run(inside, tiles, both, *given, interpret=not pallas.on_gpu())
+    made = rule.leave_back(gradient, x.dtype), rule.leave(y, x.dtype)
+    assert all(one.dtype == x.dtype for one in made)
     check(made, both(rule, x, upstream), dtype)
 
 
@@ -115,6 +120,8 @@ def test_what_pytorch_compiles_equals_the_rule(
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     inductor._passes.cache_clear()
     rule, x, upstream = make(quantizer, shape, axes, "float32")
+    if rule.tiling is None:
+        pytest.skip("rotations are not fused in PyTorch")
     fused = inductor._Fused(rule, x)
     received = fused.backward(x, (), upstream), fused.forward(x)[0]
     inductor._passes.cache_clear()

@@ -21,7 +21,7 @@ def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str, *m
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays as one program, where operations one by one are programs of their own."""
+    """A function of arrays, as one program where operations one by one take long to compile."""
     return function
 
 

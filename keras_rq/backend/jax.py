@@ -72,7 +72,7 @@ def product_with_gradient(
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays as one program: else XLA compiles every operation of every shape."""
+    """A function of arrays, as one program: else XLA compiles every operation of every shape."""
     return jax.jit(function)
 
 

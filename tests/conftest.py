@@ -23,6 +23,15 @@ import keras
 import numpy as np
 import pytest
 
+LONGEST = (
+    "test_compiled.py",
+    "test_demo.py",
+    "test_fit_and_save.py",
+    "test_learned.py",
+    "test_layer_outputs.py",
+    "test_across_backends.py",
+)
+
 
 def pytest_report_header() -> str:
     return f"keras {keras.version()}, backend {keras.backend.backend()}"
@@ -34,7 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [item for item in items if item not in set(kept)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+    items[:] = sorted(kept, key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Files that take minutes come first: last, one worker would wait for another."""
+    name = item.path.name
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 def _suits(item: pytest.Item, backend: str) -> bool:

@@ -9,10 +9,28 @@ from typing import Any
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if os.environ["KERAS_BACKEND"] == "jax":
+    # Tests compile far longer than they compute: twice as long with what XLA does by default for
+    # speed. XLA as users have it compiles steps in the TensorFlow pass.
+    _FLAGS = (
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    )
+    os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 import keras
 import numpy as np
 import pytest
+
+LONGEST = (
+    "test_compiled.py",
+    "test_demo.py",
+    "test_fit_and_save.py",
+    "test_learned.py",
+    "test_layer_outputs.py",
+    "test_across_backends.py",
+)
 
 
 def pytest_report_header() -> str:
@@ -25,7 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     dropped = [item for item in items if item not in set(kept)]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
-        items[:] = kept
+    items[:] = sorted(kept, key=_turn)
+
+
+def _turn(item: pytest.Item) -> int:
+    """Files that take minutes come first: last, one worker would wait for another."""
+    name = item.path.name
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 def _suits(item: pytest.Item, backend: str) -> bool:

@@ -54,6 +54,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function)
 
 
+def symbolic(x: np.ndarray) -> keras.KerasTensor:
+    """What a layer can be called on to be built, which is all that happens then."""
+    return keras.KerasTensor(x.shape, str(x.dtype))
+
+
 def quantize(x: np.ndarray, quantizer: Any, axis: Any = -1) -> rq.QuantizedTensor:
     """`rq.ops.quantize`, compiled."""
     made = []

@@ -33,6 +33,7 @@ class Pass(NamedTuple):
 def run(backend: str, workers: int, extra: list[str]) -> Pass:
     """Runs pytest under `backend`, shows its output, and keeps its summary line."""
     command = [sys.executable, "-m", "pytest", "-n", str(workers), "--dist", "loadfile"]
+    command += ["--no-loadscope-reorder"]  # tests/conftest.py orders
     command += ["--durations", "15", "--durations-min", "5", *extra]
     environment = {**os.environ, "KERAS_BACKEND": backend}
     # Workers share the cores; a thread pool as wide as the machine in each would make them fight.

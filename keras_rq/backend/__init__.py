@@ -22,6 +22,7 @@ def _active():
 _backend = _active()
 as_it_is_now = _backend.as_it_is_now
 call_in_graph = _backend.call_in_graph
+compiled = _backend.compiled
 convolve = _backend.convolve
 eagerly = _backend.eagerly
 float32_matmul = _backend.float32_matmul
@@ -34,6 +35,7 @@ with_gradient = _backend.with_gradient
 __all__ = [
     "as_it_is_now",
     "call_in_graph",
+    "compiled",
     "convolve",
     "eagerly",
     "float32_matmul",

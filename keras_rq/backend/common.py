@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,6 +18,11 @@ def kernels_wanted() -> bool:
 def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str, *more: Any) -> Any:
     """`owner.method(x, parameter, name, *more)`; all that carries a gradient is passed."""
     return getattr(owner, method)(x, parameter, name, *more)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays, as one program where operations one by one take long to compile."""
+    return function
 
 
 def eagerly() -> AbstractContextManager[Any]:

@@ -71,6 +71,11 @@ def product_with_gradient(
     return apply(x, kernel, *constants)
 
 
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of arrays, as one program: else XLA compiles every operation of every shape."""
+    return jax.jit(function)
+
+
 def eagerly() -> Any:
     """A scope in which layers compute at once what they are called on, loops included."""
     return jax.disable_jit()

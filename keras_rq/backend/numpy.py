@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_rq.backend.common import as_it_is_now as as_it_is_now
 from keras_rq.backend.common import call_in_graph as call_in_graph
+from keras_rq.backend.common import compiled as compiled
 from keras_rq.backend.common import eagerly as eagerly
 from keras_rq.backend.common import forget_traces as forget_traces
 from keras_rq.backend.common import make_known as make_known

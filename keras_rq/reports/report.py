@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,14 +13,17 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_rq import backend
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.layers.folding import norm_behind
 from keras_rq.layers.parameters import kept_with
 from keras_rq.layers.products import Product
 from keras_rq.layers.registry import owns_weights, products_of
+from keras_rq.numerics.blocks import Blocks
 from keras_rq.policy import LayerQuantization
 from keras_rq.quantizers import Quantizer
 from keras_rq.quantizers.gdnsq import STORED_BITS
+from keras_rq.quantizers.tensor import QuantizedTensor
 from keras_rq.reports.energy import as_number, energy, time_steps
 
 _FLOAT_BITS = 32
@@ -278,13 +283,35 @@ def _kernel_cost(
     blocks = product.kernel_blocks(quantizer)
     if as_number(quantizer.kernel_bits(kernel, blocks, parameters)) > STORED_BITS:
         return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)  # nothing narrower holds it yet
-    quantized = quantizer.quantize(kernel, blocks, parameters)
-    error = ops.convert_to_numpy(quantized.dequantize()).astype(np.float64) - kernel
+    quantized, values = _quantization(quantizer, blocks)(kernel, parameters)
+    error = ops.convert_to_numpy(values).astype(np.float64) - kernel
     return _Cost(
         quantized.nbytes,
         float(np.square(kernel, dtype=np.float64).sum()),
         float(np.square(error).sum()),
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _quantization(quantizer: Quantizer, blocks: Blocks) -> Callable[..., tuple[Any, Any]]:
+    """Kernel and parameters to the quantized tensor and its values; compiled once a shape.
+
+    With parameters it runs as it stands: their values may say which codes there are.
+    """
+    tensors: dict[tuple[int, ...], QuantizedTensor] = {}
+
+    def arrays(kernel: Any, parameters: dict[str, Any]) -> tuple[Any, Any, Any]:
+        made = quantizer.quantize(kernel, blocks, parameters)
+        tensors[tuple(kernel.shape)] = dataclasses.replace(made, codes=None, line=None)
+        return made.codes, made.line, made.dequantize()
+
+    run = arrays if quantizer.has_parameters else backend.compiled(arrays)
+
+    def quantized(kernel: np.ndarray, parameters: dict[str, np.ndarray]) -> tuple[Any, Any]:
+        codes, line, values = run(kernel, parameters)
+        return dataclasses.replace(tensors[kernel.shape], codes=codes, line=line), values
+
+    return quantized
 
 
 def _decibels(costs: list[_Cost]) -> float | None:

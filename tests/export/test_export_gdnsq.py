@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from export_cases import BRANCHES, INTEGER, branches, inputs
+from gradients import BACKEND
 from keras import ops
 
 import keras_rq as rq
@@ -60,7 +61,8 @@ def test_every_layer_computes_what_it_computes_in_training(name: str, tmp_path: 
     assert integer == (set() if name == "weights" else INTEGER)
 
 
-def test_from_every_backend(tmp_path: Path):
+@pytest.mark.skipif(BACKEND != "jax", reason="test_export_parameters.py from PyTorch")
+def test_from_another_backend(tmp_path: Path):
     model = quantized("four", ("dense", "conv2d", "lookup"))
     bring_down(model)
     result = rq.export(model, tmp_path / "m.tflite", inputs=inputs(), verbose=False)

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from gradients import compiled, relative_error, to_numpy, value_and_gradient
+from gradients import compiled, relative_error, symbolic, to_numpy, value_and_gradient
 from keras import layers, ops
 from layer_cases import Operand, quantized
 
@@ -122,7 +122,7 @@ def _check_attention(make: Any, quantizer: Any, masked: int, seed: int) -> None:
         y, mask, arguments = x, CAUSAL, {"use_causal_mask": True}
     elif masked == 2:
         mask, arguments = PADDED, {"attention_mask": np.repeat(PADDED[:, 0], 5, axis=1)}
-    layer(x, y)
+    layer(*map(symbolic, (x, y)))
     quantize(layer, rq.QuantizationPolicy(matmuls=quantizer))
     expected, weights = attention(layer, quantizer, x.astype(float), y.astype(float), mask)
     (received,) = run(layer, x, y, **arguments)
@@ -137,7 +137,7 @@ def _check_attention(make: Any, quantizer: Any, masked: int, seed: int) -> None:
 def test_one_query_at_a_time(kind: str):
     """As in decoding with cached keys and values: those of one query are the same alone."""
     layer = ATTENTION[kind]()
-    layer(X, Y)
+    layer(*map(symbolic, (X, Y)))
     quantize(layer)
     (whole,) = run(layer, X, Y)
     (last,) = run(layer, X[:, -1:], Y)
@@ -148,7 +148,7 @@ def test_one_query_at_a_time(kind: str):
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_at_eight_bits_it_is_close_to_float(kind: str):
     layer = ATTENTION[kind]()
-    layer(X, Y)
+    layer(*map(symbolic, (X, Y)))
     expected = run(layer, X, Y)[0]
     quantize(layer, rq.QuantizationPolicy(matmuls=8))
     assert 0 < relative_error(run(layer, X, Y)[0], expected) < 0.03
@@ -156,10 +156,10 @@ def test_at_eight_bits_it_is_close_to_float(kind: str):
 
 def test_dropout_drops_in_training():
     layer = layers.MultiHeadAttention(2, 4, dropout=0.5, seed=1)
-    layer(X, Y)
+    layer(*map(symbolic, (X, Y)))
     quantize(layer, rq.QuantizationPolicy(matmuls=8))
     same = layers.MultiHeadAttention(2, 4, dropout=0.5, seed=1)
-    same(X, Y)
+    same(*map(symbolic, (X, Y)))
     same.set_weights(layer.get_weights())
     dropped, expected = (to_numpy(one(X, Y, training=True)) for one in (layer, same))
     assert relative_error(dropped, expected) < 0.05
@@ -168,7 +168,7 @@ def test_dropout_drops_in_training():
 
 def test_image_attention_over_two_axes():
     layer, images = layers.MultiHeadAttention(2, 4, attention_axes=(1, 2)), draw(0, 2, 3, 4, 8)
-    layer(images, images)
+    layer(*map(symbolic, (images, images)))
     expected = run(layer, images, images)[0]
     quantize(layer, rq.QuantizationPolicy(matmuls=8))
     assert 0 < relative_error(run(layer, images, images)[0], expected) < 0.03
@@ -256,7 +256,7 @@ def test_drop_ins_are_the_operation_until_they_are_quantized(pair: str):
 def test_gradients_reach_both_operands(pair: str):
     make, a, b, axis_a, axis_b = PAIRS[pair]
     layer, quantizer = make(), Ridge(4, block_size="channel")
-    layer(a, b)
+    layer(*map(symbolic, (a, b)))
     quantize(layer)
     upstream = draw(3, *product(pair, a, b).shape)
 

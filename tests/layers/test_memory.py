@@ -8,8 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from gradients import BACKEND
-from keras import ops
+from gradients import BACKEND, symbolic
 
 import keras_rq as rq
 
@@ -27,8 +26,7 @@ cases = pytest.mark.parametrize("case", CASES)
 def layer_and_data(case: str) -> tuple[keras.layers.Layer, np.ndarray]:
     make, x = CASES[case]
     layer = make()
-    layer.build(x.shape)
-    layer(ops.convert_to_tensor(x))
+    layer(symbolic(x))
     rq.quantize(layer, rq.QuantizationPolicy("A4W4-32"), verbose=False)
     return layer, x
 

@@ -266,7 +266,11 @@ def test_convolutional_dropout_has_a_mask_for_each_gate():
 # Gradients.
 
 
-@pytest.mark.parametrize(("name", "unroll"), [*((name, False) for name in KINDS), ("LSTM", True)])
+# JAX compiles four loops for each.
+PULLED = ["LSTM", "GRU, reset before"] if BACKEND == "jax" else list(KINDS)
+
+
+@pytest.mark.parametrize(("name", "unroll"), [*((name, False) for name in PULLED), ("LSTM", True)])
 def test_the_gradient_is_that_of_cells_with_equal_kernels(name: str, unroll: bool):
     """The sum of the steps' gradients, each from a cell that is called by itself."""
     kind = KINDS[name]

@@ -21,7 +21,7 @@ def start(backend: str, folder: Path) -> subprocess.Popen:
         **os.environ,
         "KERAS_BACKEND": backend,
         "PYTHONPATH": os.pathsep.join(paths),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
     }
     return subprocess.Popen(
         [sys.executable, str(HERE / "across.py"), str(folder)],

@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 BACKEND = keras.backend.backend()
 PLACES = {"jax": {"data", "model"}, "tensorflow": {"data"}, "torch": {"data"}}
 # What is compared is compiled code either way, and compiling takes most of the time.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+FAST = (
+    "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+    " --xla_llvm_disable_expensive_passes=true"
+)
 
 
 @pytest.fixture(scope="module")

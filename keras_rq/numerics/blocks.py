@@ -8,6 +8,7 @@ over whole axes and no transpose is needed unless several contraction axes lie a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from keras import ops
 BlockSize = int | str
 
 _PARTIAL_SUM = 128
+_SHORTEST_PART = 8  # shorter ones cost more than padding
 
 
 def check_block_size(block_size: Any, name: str = "block_size") -> BlockSize:
@@ -178,6 +180,14 @@ class BlockView:
         """Whether the split tensor has the elements of the tensor in the same row-major order."""
         return True
 
+    @property
+    def unpadded(self) -> BlockView:
+        """The same blocks without padding in the split tensor, where there is such a view.
+
+        It spreads statistics: they have the extent of the split tensor where blocks are counted.
+        """
+        return self
+
     def split(self, x: Any) -> Any:
         """The tensor with its blocks laid open; padding is zero."""
         return x
@@ -328,6 +338,21 @@ class _SplitView(BlockView):
         return array.reshape([1] * at + list(array.shape) + [1] * (rank - at - 2))
 
     @property
+    def unpadded(self) -> BlockView:
+        last = self.merged.length % self.block
+        part = math.gcd(self.block, last)
+        if not last or part < _SHORTEST_PART:
+            return self
+        return _PartsView(
+            self.shape,
+            self.reduced,
+            merged=self.merged,
+            blocks=self.merged.length // part,
+            block=part,
+            parts=self.block // part,
+        )
+
+    @property
     def _is_present(self) -> np.ndarray:
         flat = np.arange(self.blocks * self.block) < self.merged.length
         return self._on_axes(flat.reshape(self.blocks, self.block))
@@ -363,3 +388,67 @@ class _SplitView(BlockView):
 
     def statistic(self, values: Any) -> Any:
         return ops.squeeze(values, axis=self.merged.position + 1)
+
+
+@dataclass(frozen=True)
+class _PartsView(_SplitView):
+    """Blocks of several parts, the last one of fewer: a part divides them all.
+
+    The split tensor has `blocks` parts of `block` elements. Statistics are those of whole blocks,
+    made of those of their parts, and handed to every part: what passes over the whole tensor knows
+    neither padding nor masks.
+
+    Attributes:
+        parts: of a block.
+    """
+
+    parts: int = field(kw_only=True)
+
+    @property
+    def extents(self) -> None:
+        return None  # what lies along the middle axis is no whole block
+
+    @property
+    def unpadded(self) -> BlockView:
+        return self
+
+    def mean_of_present(self, values: Any) -> Any:
+        total = self._of_blocks(super().mean_of_present(values), ops.sum, 0.0)
+        count = np.full(self.blocks, self.parts)
+        count[self.blocks // self.parts * self.parts :] = self.blocks % self.parts
+        return total * (1.0 / self._on_axes(count[:, None])).astype(np.float32)
+
+    def magnitude(self, values: Any) -> Any:
+        return self._of_blocks(super().magnitude(values), ops.max, 0.0)
+
+    def max(self, values: Any) -> Any:
+        return self._of_blocks(super().max(values), ops.max, -np.inf)
+
+    def min(self, values: Any) -> Any:
+        return self._of_blocks(super().min(values), ops.min, np.inf)
+
+    def pivot(self, values: Any) -> Any:
+        at = self.merged.position
+        return self._to_parts(super().pivot(values)[(slice(None),) * at + (slice(None, None, self.parts),)])
+
+    def statistic(self, values: Any) -> Any:
+        at = self.merged.position
+        first = values[(slice(None),) * at + (slice(None, None, self.parts),)]
+        return super().statistic(first)
+
+    def _of_blocks(self, values: Any, reduce: Callable[..., Any], absent: float) -> Any:
+        """Statistics of blocks, at each of their parts, from those of the parts."""
+        at, sizes = self.merged.position, list(ops.shape(values))
+        pads = [[0, 0] for _ in sizes]
+        pads[at][1] = -self.blocks % self.parts
+        values = ops.pad(values, pads, constant_values=absent)
+        values = ops.reshape(values, [*sizes[:at], -1, self.parts, *sizes[at + 1 :]])
+        return self._to_parts(reduce(values, axis=at + 1))
+
+    def _to_parts(self, values: Any) -> Any:
+        at, sizes = self.merged.position, list(ops.shape(values))
+        spread = ops.broadcast_to(
+            ops.expand_dims(values, at + 1), [*sizes[: at + 1], self.parts, *sizes[at + 1 :]]
+        )
+        spread = ops.reshape(spread, [*sizes[:at], -1, *sizes[at + 1 :]])
+        return spread[(slice(None),) * at + (slice(0, self.blocks),)]

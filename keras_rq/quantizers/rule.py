@@ -92,6 +92,12 @@ class FakeQuantization:
         """The same passes over another view."""
         return FakeQuantization(self.quantizer, view, self.blocks, self.unrotate)
 
+    @property
+    def unpadded(self) -> FakeQuantization:
+        """The same passes, over a view without padding where there is one."""
+        view = self.view.unpadded
+        return self if view is self.view else self.on_view(view)
+
     def forward(self, x: Any) -> tuple[Any, list[Any]]:
         encoding = self.quantizer.encode(self._rotate(x), self.view, self.blocks)
         statistics = [part for part in encoding.span if part is not None]

@@ -17,13 +17,12 @@ class GradientRule(Protocol):
             blocks along the middle axis; None if it is not. A backend may then run the passes
             tile by tile.
         split_is_reshape: whether `split` keeps all elements in their order.
-        unpadded: the same rule with fewer elements in what `split` returns, if it would pad. Made
-            for compilers of CPUs, for which a pad or a mask is one more pass over the tensor.
+        in_parts: the same rule, its passes arranged for XLA's CPU backend.
     """
 
     tiling: tuple[int, int, int] | None
     split_is_reshape: bool
-    unpadded: Self
+    in_parts: Self
 
     def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:
         """Returns the output, shaped like `x`, and a sequence of small tensors."""

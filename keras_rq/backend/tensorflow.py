@@ -20,7 +20,6 @@ convolve = unpadded
 
 def with_gradient(rule: GradientRule, x: Any) -> Any:
     """Applies `rule` to `x`; see `keras_rq.backend.rule`."""
-    rule = rule if _has_gpu else rule.unpadded
 
     @tf.custom_gradient
     def apply(x: Any) -> Any:
@@ -42,7 +41,6 @@ def product_with_gradient(
 
     The forward pass is `otherwise`, where there is one.
     """
-    rule = rule if _has_gpu else rule.unpadded
 
     @tf.custom_gradient
     def apply(x: Any, kernel: Any) -> Any:

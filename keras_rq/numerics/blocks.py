@@ -8,7 +8,6 @@ over whole axes and no transpose is needed unless several contraction axes lie a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,6 @@ from keras import ops
 BlockSize = int | str
 
 _PARTIAL_SUM = 128
-_SHORTEST_PART = 8  # shorter ones cost more than padding
 
 
 def check_block_size(block_size: Any, name: str = "block_size") -> BlockSize:
@@ -75,7 +73,7 @@ class Blocks:
         merged = MergedAxes(tuple(shape), axes)
         if self.size >= merged.length:
             return whole
-        return _SplitView.create(merged, shared, self.size)
+        return SplitView.create(merged, shared, self.size)
 
     @property
     def by_channel(self) -> Blocks:
@@ -181,11 +179,8 @@ class BlockView:
         return True
 
     @property
-    def unpadded(self) -> BlockView:
-        """The same blocks without padding in the split tensor, where there is such a view.
-
-        It spreads statistics: they have the extent of the split tensor where blocks are counted.
-        """
+    def by_rows(self) -> BlockView:
+        """The same blocks, their statistics taken row by row if that is a way to do it."""
         return self
 
     def split(self, x: Any) -> Any:
@@ -296,7 +291,7 @@ def _mean_along(values: Any, axis: int) -> Any:
 
 
 @dataclass(frozen=True)
-class _SplitView(BlockView):
+class SplitView(BlockView):
     """A view whose contraction axis is split into blocks, the last one possibly padded."""
 
     merged: MergedAxes = field(kw_only=True)
@@ -304,7 +299,7 @@ class _SplitView(BlockView):
     block: int = field(kw_only=True)
 
     @classmethod
-    def create(cls, merged: MergedAxes, shared: tuple[int, ...], size: int) -> _SplitView:
+    def create(cls, merged: MergedAxes, shared: tuple[int, ...], size: int) -> SplitView:
         at = merged.position
         # Where a shared axis lies once the contraction axes are merged and split in two.
         kept = [a for a in merged._order if a not in merged.axes]
@@ -336,21 +331,6 @@ class _SplitView(BlockView):
         rank = len(self.shape) - len(self.merged.axes) + 2
         at = self.merged.position
         return array.reshape([1] * at + list(array.shape) + [1] * (rank - at - 2))
-
-    @property
-    def unpadded(self) -> BlockView:
-        last = self.merged.length % self.block
-        part = math.gcd(self.block, last)
-        if not last or part < _SHORTEST_PART:
-            return self
-        return _PartsView(
-            self.shape,
-            self.reduced,
-            merged=self.merged,
-            blocks=self.merged.length // part,
-            block=part,
-            parts=self.block // part,
-        )
 
     @property
     def _is_present(self) -> np.ndarray:
@@ -388,67 +368,3 @@ class _SplitView(BlockView):
 
     def statistic(self, values: Any) -> Any:
         return ops.squeeze(values, axis=self.merged.position + 1)
-
-
-@dataclass(frozen=True)
-class _PartsView(_SplitView):
-    """Blocks of several parts, the last one of fewer: a part divides them all.
-
-    The split tensor has `blocks` parts of `block` elements. Statistics are those of whole blocks,
-    made of those of their parts, and handed to every part: what passes over the whole tensor knows
-    neither padding nor masks.
-
-    Attributes:
-        parts: of a block.
-    """
-
-    parts: int = field(kw_only=True)
-
-    @property
-    def extents(self) -> None:
-        return None  # what lies along the middle axis is no whole block
-
-    @property
-    def unpadded(self) -> BlockView:
-        return self
-
-    def mean_of_present(self, values: Any) -> Any:
-        total = self._of_blocks(super().mean_of_present(values), ops.sum, 0.0)
-        count = np.full(self.blocks, self.parts)
-        count[self.blocks // self.parts * self.parts :] = self.blocks % self.parts
-        return total * (1.0 / self._on_axes(count[:, None])).astype(np.float32)
-
-    def magnitude(self, values: Any) -> Any:
-        return self._of_blocks(super().magnitude(values), ops.max, 0.0)
-
-    def max(self, values: Any) -> Any:
-        return self._of_blocks(super().max(values), ops.max, -np.inf)
-
-    def min(self, values: Any) -> Any:
-        return self._of_blocks(super().min(values), ops.min, np.inf)
-
-    def pivot(self, values: Any) -> Any:
-        at = self.merged.position
-        return self._to_parts(super().pivot(values)[(slice(None),) * at + (slice(None, None, self.parts),)])
-
-    def statistic(self, values: Any) -> Any:
-        at = self.merged.position
-        first = values[(slice(None),) * at + (slice(None, None, self.parts),)]
-        return super().statistic(first)
-
-    def _of_blocks(self, values: Any, reduce: Callable[..., Any], absent: float) -> Any:
-        """Statistics of blocks, at each of their parts, from those of the parts."""
-        at, sizes = self.merged.position, list(ops.shape(values))
-        pads = [[0, 0] for _ in sizes]
-        pads[at][1] = -self.blocks % self.parts
-        values = ops.pad(values, pads, constant_values=absent)
-        values = ops.reshape(values, [*sizes[:at], -1, self.parts, *sizes[at + 1 :]])
-        return self._to_parts(reduce(values, axis=at + 1))
-
-    def _to_parts(self, values: Any) -> Any:
-        at, sizes = self.merged.position, list(ops.shape(values))
-        spread = ops.broadcast_to(
-            ops.expand_dims(values, at + 1), [*sizes[: at + 1], self.parts, *sizes[at + 1 :]]
-        )
-        spread = ops.reshape(spread, [*sizes[:at], -1, *sizes[at + 1 :]])
-        return spread[(slice(None),) * at + (slice(0, self.blocks),)]

@@ -135,7 +135,7 @@ class _RowsView(_PartsView):
         whole = self.blocks // self.parts * self.parts
         rows[whole:] = (self.blocks - whole) * self.block
         total = self._of_blocks(values, operator.add, ops.sum, 0.0)
-        return total * (1.0 / self._on_axes(rows[:, None])).astype(np.float32)
+        return ops.multiply(total, (1.0 / self._on_axes(rows[:, None])).astype(np.float32))
 
     def magnitude(self, values: Rows) -> Any:
         return self._of_blocks(abs(values), ops.maximum, ops.max, 0.0)

@@ -19,6 +19,7 @@ from keras_rq.backend.rule import Forward, GradientRule
 
 def with_gradient(rule: GradientRule, x: Any) -> Any:
     """Applies `rule` to `x`, keeping no more than `x` and the rule's statistics."""
+    rule = rule if pallas.on_gpu() else rule.in_parts
 
     @jax.custom_vjp
     def apply(x: Any) -> Any:
@@ -47,6 +48,7 @@ def product_with_gradient(
 
     The forward pass is `otherwise`, where there is one.
     """
+    rule = rule if pallas.on_gpu() else rule.in_parts
     constants = () if otherwise is None else otherwise.constants
 
     @jax.custom_vjp

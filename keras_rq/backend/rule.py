@@ -17,10 +17,12 @@ class GradientRule(Protocol):
             blocks along the middle axis; None if it is not. A backend may then run the passes
             tile by tile.
         split_is_reshape: whether `split` keeps all elements in their order.
+        in_parts: the same rule, its passes arranged for XLA's CPU backend.
     """
 
     tiling: tuple[int, int, int] | None
     split_is_reshape: bool
+    in_parts: Self
 
     def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:
         """Returns the output, shaped like `x`, and a sequence of small tensors."""

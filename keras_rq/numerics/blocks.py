@@ -73,7 +73,7 @@ class Blocks:
         merged = MergedAxes(tuple(shape), axes)
         if self.size >= merged.length:
             return whole
-        return _SplitView.create(merged, shared, self.size)
+        return SplitView.create(merged, shared, self.size)
 
     @property
     def by_channel(self) -> Blocks:
@@ -177,6 +177,11 @@ class BlockView:
     def keeps_order(self) -> bool:
         """Whether the split tensor has the elements of the tensor in the same row-major order."""
         return True
+
+    @property
+    def by_rows(self) -> BlockView:
+        """The same blocks, their statistics taken row by row if that is a way to do it."""
+        return self
 
     def split(self, x: Any) -> Any:
         """The tensor with its blocks laid open; padding is zero."""
@@ -286,7 +291,7 @@ def _mean_along(values: Any, axis: int) -> Any:
 
 
 @dataclass(frozen=True)
-class _SplitView(BlockView):
+class SplitView(BlockView):
     """A view whose contraction axis is split into blocks, the last one possibly padded."""
 
     merged: MergedAxes = field(kw_only=True)
@@ -294,7 +299,7 @@ class _SplitView(BlockView):
     block: int = field(kw_only=True)
 
     @classmethod
-    def create(cls, merged: MergedAxes, shared: tuple[int, ...], size: int) -> _SplitView:
+    def create(cls, merged: MergedAxes, shared: tuple[int, ...], size: int) -> SplitView:
         at = merged.position
         # Where a shared axis lies once the contraction axes are merged and split in two.
         kept = [a for a in merged._order if a not in merged.axes]

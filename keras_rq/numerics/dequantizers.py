@@ -133,30 +133,45 @@ def ridge_fit_noise(
     return RidgeFit((variance - covariance) / moment, moment, pivot + shift, noise_mean)
 
 
-def ridge_gradient(fit: RidgeFit, codes: Any, noise: Any, upstream: Any, view: BlockView) -> Any:
-    """Gradient of the loss to the data, in closed form (module docstring).
+def ridge_pull(
+    fit: RidgeFit, codes: Any, upstream: Any, view: BlockView
+) -> tuple[Any, Any] | tuple[Any]:
+    """`A / (N D)` of the module docstring, and with an offset the mean of the upstream gradient.
 
     Args:
         fit: what `ridge_fit_noise` found.
         codes: float32 codes, split into blocks by `view`; 0 where the view holds padding.
-        noise: `delta = codes - f(x)`, likewise.
         upstream: float32 gradient to the dequantized data, likewise.
         view: the blocks.
+    """
+    mean = view.mean_of_present
+    if fit.code_mean is None:
+        return (mean(upstream * codes) / fit.moment,)
+    return mean(upstream * (codes - fit.code_mean)) / fit.moment, mean(upstream)
+
+
+def ridge_gradient(
+    fit: RidgeFit, codes: Any, noise: Any, upstream: Any, pull: Any, upstream_mean: Any = None
+) -> Any:
+    """Gradient of the loss to the data, in closed form (module docstring).
+
+    Args:
+        fit: what `ridge_fit_noise` found.
+        codes: float32 codes, split into blocks.
+        noise: `delta = codes - f(x)`, likewise.
+        upstream: float32 gradient to the dequantized data, likewise.
+        pull: what `ridge_pull` found.
+        upstream_mean: likewise.
 
     Returns:
         float32, split into blocks.
     """
+    rest = 1.0 - fit.slope
     if fit.code_mean is None:
-        pull = view.mean_of_present(upstream * codes) / fit.moment
-        return fit.slope * upstream + pull * (2 * (1 - fit.slope) * codes - noise)
-    codes, noise = codes - fit.code_mean, noise - fit.noise_mean
-    upstream_mean = view.mean_of_present(upstream)
-    pull = view.mean_of_present(upstream * codes) / fit.moment
-    return (
-        upstream_mean
-        + fit.slope * (upstream - upstream_mean)
-        + pull * (2 * (1 - fit.slope) * codes - noise)
-    )
+        return fit.slope * upstream + pull * (2.0 * rest * codes - noise)
+    # What is one number per block comes last: an addition an element.
+    moved = 2.0 * rest * (codes - fit.code_mean) - noise
+    return fit.slope * upstream + pull * moved + (rest * upstream_mean + pull * fit.noise_mean)
 
 
 def _denominator(moment: Any, ridge_lambda: float) -> Any:

@@ -95,7 +95,7 @@ def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
         return grid.gaussian_edge * _root_mean_square(values, view)
     if rule == "absmean":
         steps = len(grid.codes) - 1
-        return math.sqrt(max(1.0, steps / 2)) * view.mean_of_present(ops.abs(values))
+        return math.sqrt(max(1.0, steps / 2)) * view.mean_of_present(abs(values))
     return view.magnitude(values)
 
 
@@ -103,7 +103,8 @@ def _root_mean_square(values: Any, view: BlockView) -> Any:
     # Relative to the largest magnitude, so that the squares of huge and tiny values stay finite.
     values = view.present(values)
     unit = _at_least(view.magnitude(values))
-    return unit * ops.sqrt(view.mean_of_present(ops.square(values * (1.0 / unit))))
+    values = values * (1.0 / unit)
+    return unit * ops.sqrt(view.mean_of_present(values * values))
 
 
 def _at_least(scale: Any) -> Any:

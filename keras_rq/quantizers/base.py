@@ -22,6 +22,7 @@ from keras_rq.numerics.blocks import Blocks, BlockView, check_block_size
 from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.grids import Bits, Grid, check_bits, grid_for
 from keras_rq.numerics.ranges import Range
+from keras_rq.numerics.rows import elementwise
 from keras_rq.quantizers import parametric, static
 from keras_rq.quantizers.parameters import Observation, Parameter
 from keras_rq.quantizers.parametric import Parameters
@@ -240,10 +241,19 @@ class Quantizer:
         """The dequantizer of every block from its range and what `fit` returned."""
         raise NotImplementedError(f"{type(self).__name__} defines no dequantizer.")
 
-    def gradient(
+    def pull(
         self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
+    ) -> tuple[Any, ...]:
+        """Statistics of the upstream gradient of every block, if `gradient` needs any."""
+        return ()
+
+    def gradient(
+        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, pull: tuple[Any, ...]
     ) -> Any:
-        """Gradient to the data from the gradient to its dequantized values, before `attenuate`."""
+        """Gradient to the data from the gradient to its dequantized values, before `attenuate`.
+
+        It works element by element; `pull` is what the method of that name returned.
+        """
         raise NotImplementedError(f"{type(self).__name__} defines no gradient.")
 
     def is_trusted(self, rounding: Rounding, span: Range) -> Any:
@@ -375,7 +385,9 @@ class Quantizer:
         """Codes and noise of a tensor `x` whose blocks are `values`."""
         position = span.position(values)
         within = self.range_rule not in ranges.CLIPPING
-        codes = self.grid.round(position, within=within, nearest=view.nearest)
+        codes = elementwise(
+            functools.partial(self.grid.round, within=within, nearest=view.nearest), position
+        )
         mask = self.keep_mask(x, blocks)
         codes = view.present(codes if mask is None else codes * view.split(mask))
         return codes, codes - (position + self.grid.anchor)

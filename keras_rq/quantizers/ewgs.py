@@ -6,7 +6,6 @@ from typing import Any
 
 from keras import ops
 
-from keras_rq.numerics.blocks import BlockView
 from keras_rq.numerics.grids import Bits
 from keras_rq.quantizers.base import check_nonnegative, serializable
 from keras_rq.quantizers.rule import Rounding
@@ -83,7 +82,7 @@ class EWGS(StraightThrough):
         self.delta = check_nonnegative("delta", delta)
 
     def gradient(
-        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
+        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, pull: tuple[Any, ...]
     ) -> Any:
         grid, codes = self.grid, rounding.codes
         clipped = ops.clip(codes - rounding.noise, grid.low, grid.high)

@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from keras_rq.numerics.blocks import BlockView
-from keras_rq.numerics.dequantizers import Line, RidgeFit, ridge_fit_noise, ridge_gradient
+from keras_rq.numerics.dequantizers import (
+    Line,
+    RidgeFit,
+    ridge_fit_noise,
+    ridge_gradient,
+    ridge_pull,
+)
 from keras_rq.numerics.grids import Bits
 from keras_rq.numerics.ranges import Range
 from keras_rq.quantizers.base import Quantizer, check_flag, check_nonnegative, serializable
@@ -96,12 +102,19 @@ class Ridge(Quantizer):
         value_mean = span.origin + span.scale * position_mean
         return Line(scale, value_mean - scale * fit.code_mean, fit.code_mean, value_mean)
 
-    def gradient(
+    def pull(
         self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
+    ) -> tuple[Any, ...]:
+        if not self.fit_gradient:
+            return ()
+        return ridge_pull(RidgeFit(*fitted), rounding.codes, upstream, view)
+
+    def gradient(
+        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, pull: tuple[Any, ...]
     ) -> Any:
         if not self.fit_gradient:
             return RidgeFit(*fitted).slope * upstream
-        return ridge_gradient(RidgeFit(*fitted), rounding.codes, rounding.noise, upstream, view)
+        return ridge_gradient(RidgeFit(*fitted), rounding.codes, rounding.noise, upstream, *pull)
 
     def get_config(self) -> dict[str, Any]:
         own = {"ridge_lambda": self.ridge_lambda, "fit_gradient": self.fit_gradient}

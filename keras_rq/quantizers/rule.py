@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.ranges import Range
+from keras_rq.numerics.rows import in_parts
 
 if TYPE_CHECKING:
     from keras_rq.quantizers.base import Quantizer
@@ -122,10 +123,18 @@ class FakeQuantization:
     def leave_back(self, gradient: Any, dtype: Any) -> Any:
         return ops.cast(self._rotate(gradient), dtype) if self._rotates else gradient
 
+    @property
+    def in_parts(self) -> FakeQuantization:
+        """The same passes for compilers of CPUs; see `keras_rq.numerics.rows`."""
+        return self.on_view(in_parts(self.view))
+
     def forward(self, x: Any) -> tuple[Any, list[Any]]:
-        encoding = self.quantizer.encode(self._rotate(x), self.view, self.blocks)
+        by_rows = self.view.by_rows
+        encoding = self.quantizer.encode(self._rotate(x), by_rows, self.blocks)
         statistics = [part for part in encoding.span if part is not None]
         statistics += [part for part in encoding.fitted if part is not None]  # see `_parts`
+        if by_rows is not self.view:
+            return self.again(x, statistics), statistics
         return self._values(encoding.codes, encoding.line, self.rotated or x.dtype), statistics
 
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
@@ -133,7 +142,13 @@ class FakeQuantization:
         span, fitted = self._parts(statistics)
         rounding = Rounding(self, self._rotate(x), span)
         upstream = self._rotate(upstream) if self.unrotate else ops.cast(upstream, "float32")
-        gradient = quantizer.gradient(rounding, fitted, view.split(upstream), view)
+        split = view.split(upstream)
+        if (by_rows := view.by_rows) is view:
+            pull = quantizer.pull(rounding, fitted, split, view)
+        else:
+            rows = Rounding(self.on_view(by_rows), self._rotate(x), span)
+            pull = quantizer.pull(rows, fitted, by_rows.split(upstream), by_rows)
+        gradient = quantizer.gradient(rounding, fitted, split, pull)
         gradient = quantizer.attenuate(gradient, rounding, span)
         return ops.cast(self._rotate(view.merge(gradient)), x.dtype)
 

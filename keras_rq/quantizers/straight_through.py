@@ -44,6 +44,6 @@ class StraightThrough(Quantizer):
         return Line(span.scale, span.origin - span.scale * shift)
 
     def gradient(
-        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, view: BlockView
+        self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, pull: tuple[Any, ...]
     ) -> Any:
         return upstream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,15 @@ def cell(row: Row | None) -> str:
     if row["val_accuracy"] is None or row["val_loss"] is None:
         return "NaN"
     mark = " (diverged)" if row["diverged"] else ""
-    return f"{row['val_accuracy']:.4f} ({row['val_loss']:.3f}){mark}"
+    wide = f", {row['bits_per_element']:.1f} bits" if is_wide(row) else ""
+    return f"{row['val_accuracy']:.4f} ({row['val_loss']:.3f}{wide}){mark}"
+
+
+def is_wide(row: Row) -> bool:
+    """Whether trained bit widths ended more than a bit above the setting's, scales included."""
+    wanted = re.search(r"W([\d.]+)", row["setting"])
+    stored = row.get("bits_per_element")
+    return bool(wanted and stored) and stored > float(wanted[1]) + 1
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
@@ -89,8 +98,8 @@ def others(rows: Sequence[Row], planned: Iterable[runs.Order]) -> str | None:
 
 
 def best(rows: Iterable[Row | None], name: str = "val_accuracy") -> Row | None:
-    """The row with the highest accuracy."""
-    known = [row for row in rows if row is not None and row.get(name) is not None]
+    """The row with the highest accuracy; one whose trained widths stayed wide does not count."""
+    known = [r for r in rows if r is not None and r.get(name) is not None and not is_wide(r)]
     return max(known, key=lambda row: row[name]) if known else None
 
 

@@ -10,7 +10,8 @@ import keras
 import models
 import numpy as np
 import recipes
-from training import Gathered, Run, Task, WarmupCosine, divisor, resident
+from batches import Gathered, divisor, resident
+from training import Run, Task, WarmupCosine
 
 import keras_rq as rq
 

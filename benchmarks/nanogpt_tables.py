@@ -22,7 +22,7 @@ def tables(rows: Sequence[Row], plans: Plans) -> str:
         "One-bit and sparse weights": sparse(rows, plans),
         "A1W1 by learning rate": rates(rows, plans, "A1W1", METHODS),
         "A4W4 by learning rate": rates(rows, plans, "A4W4", DECIDING),
-        f"{plans.long:,} steps, {len(SEEDS)} seeds, each at its best rate": deciding(rows, plans),
+        f"{plans.long:,} steps, each at its best rate": deciding(rows, plans),
         **{f"A1W1, `{name}` of `Ridge`": knob(rows, plans, name) for name in KNOBS},
         "Other runs": accuracy.others(rows, planned(rows, plans)),
     }
@@ -144,7 +144,10 @@ def curves(rows: Sequence[Row], plans: Plans, path: Path) -> Path | None:
         ]
         known = [row for row in found if row is not None and not row.get("error")]
         if (at_stock := next((r for r in known if r["lr"] == RATES[0]), None)) is not None:
-            stock[method] = at_stock
+            wide = (
+                f", {at_stock['bits_per_element']:.0f} bits" if accuracy.is_wide(at_stock) else ""
+            )
+            stock[method + wide] = at_stock
         if (at_best := accuracy.best(known)) is not None:
             tuned[method] = at_best
     if not stock and not tuned:

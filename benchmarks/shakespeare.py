@@ -11,7 +11,8 @@ import numpy as np
 import recipes
 import steps
 import train_step
-from training import Gathered, Run, Task, WarmupCosine, divisor, resident
+from batches import Gathered, divisor, resident
+from training import Run, Task, WarmupCosine
 
 import keras_rq as rq
 

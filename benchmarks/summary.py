@@ -2,8 +2,8 @@
 
     python benchmarks/summary.py benchmarks/results
 
-Prints Markdown of `train_step_*.json`, `peers_*.json` and `support.json` in the folder;
-`--write README.md` puts it between the README's marks.
+Prints Markdown of `train_step_*.json`, `peers_*.json`, `nanogpt.json` and `support.json` in the
+folder; `--write README.md` puts it between the README's marks.
 """
 
 from __future__ import annotations
@@ -90,6 +90,18 @@ def section(folder: Path, device: str) -> str | None:
     return text
 
 
+def accuracy(folder: Path) -> str | None:
+    """The tables of `nanogpt.py`."""
+    file = folder / "nanogpt.json"
+    if not file.exists():
+        return None
+    # Here, because its tables are made by a function of this module.
+    import nanogpt
+    import nanogpt_tables
+
+    return nanogpt_tables.tables(json.loads(file.read_text())["rows"], nanogpt.Plans())
+
+
 CHECKS = ("fit", "jit", "mixed_bfloat16", "mixed_float16", "save and load", "LiteRT export")
 NAMES = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "PyTorch"}
 
@@ -148,7 +160,8 @@ def main() -> None:
     options = parser.parse_args()
     sections = [section(options.folder, device) for device in ("cpu", "gpu")]
     text = "\n\n".join(found for found in sections if found is not None)
-    for name, found in (("speed", text), ("support", support(options.folder))):
+    made = {"accuracy": accuracy(options.folder), "speed": text, "support": support(options.folder)}
+    for name, found in made.items():
         if found is None:
             continue
         if options.write is None:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import methods
 import steps
 import training
+from batches import Gathered, resident
 from training import Run
 
 if keras.backend.backend() == "numpy":
@@ -53,13 +54,13 @@ class Tiny(training.Task):
         return schedule.attach(keras.optimizers.AdamW(schedule, weight_decay=0.1))
 
     def batches(self, run, start):
-        data = training.resident(self.x), training.resident(self.y)
+        data = resident(self.x), resident(self.y)
         picks = np.random.default_rng(run.seed).integers(0, 64, (run.steps, 8), dtype="int32")
 
         def gather(x, y, index):
             return x[index], y[index]
 
-        return training.Gathered(gather, data, lambda step: (picks[step],), start, run.steps)
+        return Gathered(gather, data, lambda step: (picks[step],), start, run.steps)
 
     def interval(self, run):
         return 4

@@ -17,9 +17,14 @@ from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule
 
 
+def _arranged(rule: GradientRule) -> GradientRule:
+    on_cpu = jax.default_backend() == "cpu" and not pallas.on_gpu()
+    return rule.in_parts if on_cpu else rule
+
+
 def with_gradient(rule: GradientRule, x: Any) -> Any:
     """Applies `rule` to `x`, keeping no more than `x` and the rule's statistics."""
-    rule = rule if pallas.on_gpu() else rule.in_parts
+    rule = _arranged(rule)
 
     @jax.custom_vjp
     def apply(x: Any) -> Any:
@@ -48,7 +53,7 @@ def product_with_gradient(
 
     The forward pass is `otherwise`, where there is one.
     """
-    rule = rule if pallas.on_gpu() else rule.in_parts
+    rule = _arranged(rule)
     constants = () if otherwise is None else otherwise.constants
 
     @jax.custom_vjp

@@ -118,10 +118,6 @@ class _PartsView(SplitView):
 class _RowsView(_PartsView):
     """The same, split into `Rows`."""
 
-    @property
-    def by_rows(self) -> BlockView:
-        return self
-
     def split(self, x: Any) -> Rows:
         x, at = super().split(x), self.merged.position
         before = (slice(None),) * (at + 1)

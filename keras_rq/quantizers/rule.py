@@ -135,7 +135,7 @@ class FakeQuantization:
         statistics += [part for part in encoding.fitted if part is not None]  # see `_parts`
         if by_rows is not self.view:
             return self.again(x, statistics), statistics
-        return self._values(encoding.codes, encoding.line, self.rotated or x.dtype), statistics
+        return self._values(encoding.codes, encoding.line, x.dtype), statistics
 
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
         quantizer, view = self.quantizer, self.view
@@ -155,7 +155,7 @@ class FakeQuantization:
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         span, fitted = self._parts(statistics)
         codes = Rounding(self, self._rotate(x), span).codes
-        return self._values(codes, self.quantizer.line(span, fitted), self.rotated or x.dtype)
+        return self._values(codes, self.quantizer.line(span, fitted), x.dtype)
 
     def _parts(self, statistics: Sequence[Any]) -> tuple[Range, tuple[Any, ...]]:
         of_span = 2 if self.quantizer.grid.affine else 1
@@ -164,7 +164,8 @@ class FakeQuantization:
 
     def _values(self, codes: Any, line: Any, dtype: Any) -> Any:
         values = self.view.merge(line(codes))
-        return cast_within(self._rotate(values) if self.unrotate else values, dtype)
+        values = self._rotate(values) if self.unrotate else values
+        return cast_within(values, self.rotated or dtype)
 
     def _rotate(self, x: Any) -> Any:
         if self.rotated is not None:

@@ -32,8 +32,7 @@ def cell(row: Row | None) -> str:
     if row["val_accuracy"] is None or row["val_loss"] is None:
         return "NaN"
     mark = " (diverged)" if row["diverged"] else ""
-    wide = f", {row['bits_per_element']:.1f} bits" if is_wide(row) else ""
-    return f"{row['val_accuracy']:.4f} ({row['val_loss']:.3f}{wide}){mark}"
+    return f"{row['val_accuracy']:.4f} ({row['val_loss']:.3f}{width(row)}){mark}"
 
 
 def is_wide(row: Row) -> bool:
@@ -41,6 +40,11 @@ def is_wide(row: Row) -> bool:
     wanted = re.search(r"W([\d.]+)", row["setting"])
     stored = row.get("bits_per_element")
     return bool(wanted and stored) and stored > float(wanted[1]) + 1
+
+
+def width(row: Row) -> str:
+    """What to add to a run whose trained bit widths stayed wide; empty for the others."""
+    return f", {row['bits_per_element']:.1f} bits" if is_wide(row) else ""
 
 
 def mean(rows: Sequence[Row], name: str) -> float:
@@ -115,7 +119,7 @@ def plot_curves(panels: Mapping[str, Mapping[str, Row]], path: Path, title: str)
 
     figure = Figure(figsize=(5.2 * len(panels) + 1, 4.6), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
-    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    names = list(dict.fromkeys(_method(name) for rows in panels.values() for name in rows))
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     colors["float"] = INK
     drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
@@ -126,6 +130,11 @@ def plot_curves(panels: Mapping[str, Mapping[str, Row]], path: Path, title: str)
     figure.savefig(path, dpi=160)
 
 
+def _method(label: str) -> str:
+    """The label without what `width` added: a method has one color in all panels."""
+    return label.partition(",")[0]
+
+
 def _draw_curves(axes: Any, rows: Mapping[str, Row], colors: Mapping[str, str]) -> None:
     ends = []
     for name, row in rows.items():
@@ -133,7 +142,7 @@ def _draw_curves(axes: Any, rows: Mapping[str, Row], colors: Mapping[str, str]) 
         x, y = [p["step"] for p in points], [p["val_accuracy"] for p in points]
         if points:
             style = (0, (4, 3)) if name == "float" else "-"
-            axes.plot(x, y, color=colors[name], lw=1.6, ls=style)
+            axes.plot(x, y, color=colors[_method(name)], lw=1.6, ls=style)
             ends.append((y[-1], x[-1], name))
     axes.grid(color=GRID, lw=0.8)
     axes.set_xlabel("step", color=INK)
@@ -151,7 +160,7 @@ def _draw_curves(axes: Any, rows: Mapping[str, Row], colors: Mapping[str, str]) 
             textcoords="data",
             va="center",
             fontsize=9,
-            color=colors[name],
+            color=colors[_method(name)],
             annotation_clip=False,
         )
 

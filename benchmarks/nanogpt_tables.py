@@ -144,10 +144,7 @@ def curves(rows: Sequence[Row], plans: Plans, path: Path) -> Path | None:
         ]
         known = [row for row in found if row is not None and not row.get("error")]
         if (at_stock := next((r for r in known if r["lr"] == RATES[0]), None)) is not None:
-            wide = (
-                f", {at_stock['bits_per_element']:.0f} bits" if accuracy.is_wide(at_stock) else ""
-            )
-            stock[method + wide] = at_stock
+            stock[method + accuracy.width(at_stock)] = at_stock
         if (at_best := accuracy.best(known)) is not None:
             tuned[method] = at_best
     if not stock and not tuned:

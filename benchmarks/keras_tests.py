@@ -102,8 +102,9 @@ def site() -> Path:
 
 
 def tests_of(folder: str) -> list[str]:
-    """The test files of a folder of `keras/src`."""
-    return sorted(str(path) for path in (site() / "keras/src" / folder).rglob("*_test.py"))
+    """The test files of a folder of `keras/src`, or the one that is named."""
+    place = site() / "keras/src" / folder
+    return [str(place)] if place.is_file() else sorted(map(str, place.rglob("*_test.py")))
 
 
 def run(backend: str, arm: str, tests: list[str], options: argparse.Namespace) -> Outcomes:
@@ -171,7 +172,9 @@ def main() -> int:
     """Compares all folders on all backends; returns 1 if a test differs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", default=["tensorflow", "jax", "torch"])
-    parser.add_argument("--folders", nargs="+", default=list(FOLDERS), help="of keras/src")
+    parser.add_argument(
+        "--folders", nargs="+", default=list(FOLDERS), help="of keras/src; or files"
+    )
     parser.add_argument("--with-packages", nargs="+", default=[], metavar="DIR")
     parser.add_argument("--out", type=Path, help="JSON file of results")
     parser.add_argument("--log", type=Path, help="what pytest says")

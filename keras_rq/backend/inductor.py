@@ -26,7 +26,7 @@ from keras_rq.numerics.blocks import BlockView
 
 def fused(rule: GradientRule, x: torch.Tensor) -> GradientRule:
     """The rule, run by kernels where `x` lies on a CUDA device and its blocks allow it."""
-    if not x.is_cuda or rule.tiling is None or torch.compiler.is_compiling():
+    if not x.is_cuda or rule.inside(x.dtype).tiling is None or torch.compiler.is_compiling():
         return rule
     if not kernels_wanted() or not _compiler_works(x.device):
         return rule
@@ -34,51 +34,55 @@ def fused(rule: GradientRule, x: torch.Tensor) -> GradientRule:
 
 
 class _Fused:
-    """A rule that keeps no statistics and runs compiled."""
+    """A rule that keeps no statistics and runs compiled, between the rotations that it may have."""
 
     tiling = None
 
     def __init__(self, rule: GradientRule, like: torch.Tensor) -> None:
-        outer, block, inner = rule.tiling
-        self._rule, self._shape = rule, (outer, block) if inner == 1 else rule.tiling
-        self._is_reshape = rule.split_is_reshape
-        view = BlockView((None,) * len(self._shape), (1,))
-        self._forward, self._backward = _passes(
-            rule.on_view(view), block, len(self._shape), like.dtype, like.device
-        )
+        self._rule, self._inside = rule, rule.inside(like.dtype)
+        outer, self._block, inner = self._inside.tiling
+        self._shape = (outer, self._block) if inner == 1 else (outer, self._block, inner)
+        self._on_blocks = self._inside.on_view(BlockView((None,) * len(self._shape), (1,)))
 
-    def _run(self, function: Callable[..., Any], *tensors: torch.Tensor) -> torch.Tensor:
-        if self._is_reshape:  # a fifth of the time that Keras's operations take to launch
-            return function(*(t.reshape(self._shape) for t in tensors)).reshape(tensors[0].shape)
-        split = [self._rule.split(t) for t in tensors]
-        made = function(*(t.reshape(self._shape) for t in split))
-        return self._rule.merge(made.reshape(split[0].shape))
+    def _run(self, make: Callable[..., Any], *tensors: torch.Tensor) -> torch.Tensor:
+        rule, dtypes = self._inside, tuple(t.dtype for t in tensors)
+        run = make(self._on_blocks, self._block, len(self._shape), dtypes, tensors[0].device)
+        if rule.split_is_reshape:  # a fifth of the time that Keras's operations take to launch
+            return run(*(t.reshape(self._shape) for t in tensors)).reshape(tensors[0].shape)
+        split = [rule.split(t) for t in tensors]
+        return rule.merge(run(*(t.reshape(self._shape) for t in split)).reshape(split[0].shape))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Sequence[Any]]:
-        return self._run(self._forward, x), ()
+        return self.again(x, ()), ()
 
     def again(self, x: torch.Tensor, statistics: Sequence[Any]) -> torch.Tensor:
-        return self._run(self._forward, x)
+        return self._rule.leave(self._run(_forward, self._rule.enter(x)), x.dtype)
 
     def backward(self, x: torch.Tensor, statistics: Sequence[Any], upstream: Any) -> torch.Tensor:
-        return self._run(self._backward, x, upstream)
+        given = self._rule.enter(x), self._rule.enter_back(upstream)
+        return self._rule.leave_back(self._run(_backward, *given), x.dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _passes(
-    rule: GradientRule, block: int, rank: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return rule.forward(x)[0]
+def _forward(rule: GradientRule, *form: Any) -> Callable[..., Any]:
+    return _compiled(lambda x: rule.forward(x)[0], *_examples(*form))
 
+
+@functools.lru_cache(maxsize=256)
+def _backward(rule: GradientRule, *form: Any) -> Callable[..., Any]:
     def backward(x: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
         return rule.backward(x, rule.forward(x)[1], upstream)
 
+    return _compiled(backward, *_examples(*form))
+
+
+def _examples(
+    block: int, rank: int, dtypes: Sequence[torch.dtype], device: torch.device
+) -> list[torch.Tensor]:
     # Sizes that differ from each other and from 0 and 1, which would be taken for constants.
     shape = (6, block) if rank == 2 else (6, block, 10)
-    example = torch.ones(shape, dtype=dtype, device=device)
-    # Two tensors: a single one, given twice, would be traced as one argument.
-    return _compiled(forward, example), _compiled(backward, example, example.clone())
+    # One tensor each: a single one, given twice, would be traced as one argument.
+    return [torch.ones(shape, dtype=dtype, device=device) for dtype in dtypes]
 
 
 def _compiled(function: Callable[..., Any], *examples: torch.Tensor) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 A kernel loads a tile of whole blocks, runs the rule itself on it, traced as it stands, and stores
 the result: there is no second copy of the mathematics. Statistics stay in registers, and the
 backward kernel finds them again from `x`, which it reads anyway. XLA, given the same functions,
-makes a pass over the tensor for every reduction.
+makes a pass over the tensor for every reduction. Rotations of 16-bit rows are done on the tile, by
+the matrix units; others before and after, in passes of their own.
 
 On other devices, for tensors whose blocks do not fit a tile, and under `keras.distribution`, whose
 partitioner cannot look into a kernel, the rule runs as plain array operations; so it does
@@ -26,12 +27,15 @@ from jax.experimental.pallas import triton
 from keras_rq.backend.common import kernels_wanted
 from keras_rq.backend.rule import GradientRule
 from keras_rq.numerics.blocks import TileView
+from keras_rq.numerics.rotations import signs
 
 # Elements of a tile, and of a warp's share of it, that an H200 ran fastest of 2048, 4096 and 8192
 # and of 256, 512 and 1024: rows of a matrix by themselves, columns beside each other.
 _ROW_TILE, _COLUMN_TILE, _LARGEST_TILE = 2048, 8192, 16384
 _SHARE, _LONG_SHARE = 512, 1024
 _INNERMOST = 8  # elements along the last axis, for loads of 32 bytes of float32
+_TURN_TILE = 8192  # of rows that are rotated, each tile by a matrix that it has to load
+_SMALLEST_SIDE = 16  # of a matrix that Triton multiplies
 
 
 class _Tiles(NamedTuple):
@@ -52,13 +56,19 @@ class _Tiles(NamedTuple):
     grid: tuple[int, ...]
 
     @classmethod
-    def cut(cls, tiling: tuple[int, int, int] | None) -> _Tiles | None:
+    def cut(cls, tiling: tuple[int, int, int] | None, row_tile: int | None = None) -> _Tiles | None:
+        """Tiles for the `tiling` of a rule, rows in tiles of `row_tile` elements; None: too large.
+
+        Args:
+            tiling: see `GradientRule`.
+            row_tile: `_ROW_TILE` if left out.
+        """
         if tiling is None or 0 in tiling:
             return None
         outer, length, inner = tiling
         padded = pl.next_power_of_2(length)
         other = outer if inner == 1 else inner
-        beside = max(_ROW_TILE // padded, 1) if inner == 1 else _COLUMN_TILE // padded
+        beside = max((row_tile or _ROW_TILE) // padded, 1) if inner == 1 else _COLUMN_TILE // padded
         beside = min(max(beside, 1 if inner == 1 else _INNERMOST), pl.next_power_of_2(other))
         if padded * beside > _LARGEST_TILE:
             return None
@@ -101,17 +111,139 @@ class _Tiles(NamedTuple):
         return inside
 
 
+class _Turned:
+    """A rule with the rotations of its tiles, which multiply by `matrix`: signs, of 16 bits."""
+
+    def __init__(self, rule: GradientRule, matrix: Any) -> None:
+        self._rule, self._matrix = rule, matrix
+        self._given: Any = None
+        self._rotated: Any = None
+
+    def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:
+        return self._rule.forward(self._enter(x))
+
+    def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
+        gradient = self._rule.backward(self._enter(x), statistics, upstream)
+        # Two numbers of 8 digits have the 16 bits of the output and more, at any magnitude.
+        high = gradient.astype("bfloat16")
+        low = (gradient - high.astype("float32")).astype("bfloat16")
+        return (self._product(high) + self._product(low)).astype(x.dtype)
+
+    def _enter(self, x: Any) -> Any:
+        if self._given is not x:
+            self._given, self._rotated = x, self._product(x)
+        return self._rotated
+
+    def _product(self, x: Any) -> Any:
+        size = self._matrix.shape[0]
+        made = jax.lax.dot(
+            x.reshape(-1, size), self._matrix.astype(x.dtype), preferred_element_type="float32"
+        )
+        return made.reshape(x.shape) * (1.0 / math.sqrt(size))
+
+
+class Kernels(NamedTuple):
+    """How a rule runs in kernels.
+
+    Attributes:
+        inside: what is left of the rule for them.
+        tiles: theirs.
+        outside: the rule that says what enters and leaves them.
+        turn: length of the lines that they rotate, or None.
+        interpret: run them as array operations, on any device.
+    """
+
+    inside: GradientRule
+    tiles: _Tiles
+    outside: GradientRule
+    turn: int | None = None
+    interpret: bool = False
+
+    @classmethod
+    def of(cls, rule: GradientRule, dtype: Any) -> Kernels | None:
+        """Those for a tensor of some dtype; None where its blocks do not fit a tile."""
+        inside, turn = rule.inside(dtype), rule.turn
+        if turn is not None and turn >= _SMALLEST_SIDE and jnp.dtype(dtype).itemsize == 2:
+            tiles = _Tiles.cut(inside.tiling, _TURN_TILE)
+            if tiles is not None and math.prod(tiles.tile) >= _SMALLEST_SIDE * turn:
+                return cls(inside, tiles, inside, turn)
+        tiles = _Tiles.cut(inside.tiling)
+        return None if tiles is None else cls(inside, tiles, rule)
+
+    def forward(self, x: Any) -> Any:
+        """The rule's output."""
+        (y,) = self._run(lambda rule, x: rule.forward(x)[:1], self.outside.enter(x))
+        return self.outside.leave(y, x.dtype)
+
+    def backward(self, again: bool, x: Any, upstream: Any) -> tuple[Any, ...]:
+        """The gradient to `x`; and, for `again`, the output."""
+        given = self.outside.enter(x), self.outside.enter_back(upstream)
+        gradient, *y = self._run(functools.partial(_passes, again), *given)
+        y = [self.outside.leave(one, x.dtype) for one in y]
+        return self.outside.leave_back(gradient, x.dtype), *y
+
+    def _run(self, passes: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
+        """`passes(rule, *tiles)` on every tile of arrays that are shaped alike."""
+        split = [self.inside.split(a) for a in arrays]
+        tiles, rule = self.tiles, self.inside.on_view(self.tiles.view)
+        given = [a.reshape(tiles.shape) for a in split]
+        if self.turn is None:
+            made = _call(tiles, functools.partial(passes, rule), given, (), self.interpret)
+        else:
+            matrix = jnp.asarray(signs(self.turn), arrays[0].dtype)
+            made = _call(
+                tiles,
+                lambda *loaded: passes(_Turned(rule, loaded[-1]), *loaded[:-1]),
+                given,
+                (matrix,),
+                self.interpret,
+            )
+        return tuple(self.inside.merge(m.reshape(split[0].shape)) for m in made)
+
+
+def _passes(again: bool, rule: GradientRule, x: Any, upstream: Any) -> tuple[Any, ...]:
+    y, statistics = rule.forward(x)
+    gradient = rule.backward(x, statistics, upstream)
+    return (gradient, y) if again else (gradient,)
+
+
+def _call(
+    tiles: _Tiles,
+    function: Callable[..., tuple[Any, ...]],
+    arrays: Sequence[Any],
+    whole: Sequence[Any],
+    interpret: bool,
+) -> Sequence[Any]:
+    """Runs a function on every tile of some arrays, and on whole small ones."""
+    shapes = [(tiles.tile, a.dtype) for a in arrays] + [(a.shape, a.dtype) for a in whole]
+    made = jax.eval_shape(function, *(jax.ShapeDtypeStruct(*one) for one in shapes))
+    count, end = len(arrays), len(arrays) + len(whole)
+
+    def kernel(*refs: Any) -> None:
+        index, mask = tiles.index, tiles.mask
+        loaded = [
+            triton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
+            for ref in refs[:count]
+        ]
+        loaded += [triton.load(ref) for ref in refs[count:end]]
+        for ref, value in zip(refs[end:], function(*loaded), strict=True):
+            triton.store(ref.at[index], value, mask=mask)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=[jax.ShapeDtypeStruct(tiles.shape, one.dtype) for one in made],
+        grid=tiles.grid,
+        compiler_params=triton.CompilerParams(num_warps=tiles.warps),
+        interpret=interpret,
+        name="keras_rq_tiles",
+    )(*arrays, *whole)
+
+
 def forward(rule: GradientRule, x: Any) -> tuple[Any, Sequence[Any]]:
     """The rule's output and statistics; no statistics where a kernel may make the output."""
-    inside = rule.inside(x.dtype)
-    if (tiles := _tiles(inside)) is None:
+    if (kernels := _kernels(rule, x.dtype)) is None:
         return rule.forward(x)
-
-    def on_tiles(x: Any) -> Any:
-        (y,) = run(inside, tiles, lambda tiled, x: tiled.forward(x)[:1], rule.enter(x))
-        return rule.leave(y, x.dtype)
-
-    made = jax.lax.platform_dependent(x, cuda=on_tiles, default=lambda x: rule.forward(x)[0])
+    made = jax.lax.platform_dependent(x, cuda=kernels.forward, default=lambda x: rule.forward(x)[0])
     return made, ()
 
 
@@ -130,23 +262,15 @@ def backward_and_again(
 def _backward(
     rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any, again: bool
 ) -> tuple[Any, ...]:
-    inside = rule.inside(x.dtype)
-    if (tiles := _tiles(inside)) is None:
+    if (kernels := _kernels(rule, x.dtype)) is None:
         gradient = rule.backward(x, statistics, upstream)
         return (gradient, rule.again(x, statistics)) if again else (gradient,)
-
-    def passes(rule: GradientRule, x: Any, upstream: Any) -> tuple[Any, ...]:
-        y, statistics = rule.forward(x)
-        gradient = rule.backward(x, statistics, upstream)
-        return (gradient, y) if again else (gradient,)
-
-    def on_tiles(x: Any, upstream: Any) -> tuple[Any, ...]:
-        made = run(inside, tiles, passes, rule.enter(x), rule.enter_back(upstream))
-        gradient = rule.leave_back(made[0], x.dtype)
-        return (gradient, rule.leave(made[1], x.dtype)) if again else (gradient,)
-
-    plain = functools.partial(passes, rule)
-    return jax.lax.platform_dependent(x, upstream, cuda=on_tiles, default=plain)
+    return jax.lax.platform_dependent(
+        x,
+        upstream,
+        cuda=functools.partial(kernels.backward, again),
+        default=functools.partial(_passes, again, rule),
+    )
 
 
 def on_gpu() -> bool:
@@ -154,50 +278,9 @@ def on_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
-def _tiles(rule: GradientRule) -> _Tiles | None:
+def _kernels(rule: GradientRule, dtype: Any) -> Kernels | None:
     if not kernels_wanted() or not on_gpu():
         return None
     if keras.distribution.distribution() is not None:
         return None
-    return _Tiles.cut(rule.tiling)
-
-
-def run(
-    rule: GradientRule,
-    tiles: _Tiles,
-    passes: Callable[..., tuple[Any, ...]],
-    *arrays: Any,
-    interpret: bool = False,
-) -> tuple[Any, ...]:
-    """Runs `passes(rule, *tiles)` on every tile of the arrays, which are shaped alike.
-
-    Args:
-        rule: the rule of the arrays.
-        tiles: how they are cut.
-        passes: makes tiles of tiles.
-        arrays: what a kernel reads.
-        interpret: run the kernel as array operations, on any device.
-    """
-    tiled = rule.on_view(tiles.view)
-    split = [rule.split(a) for a in arrays]
-    in_tiles = (jax.ShapeDtypeStruct(tiles.tile, s.dtype) for s in split)
-    made = jax.eval_shape(functools.partial(passes, tiled), *in_tiles)
-
-    def kernel(*refs: Any) -> None:
-        index, mask = tiles.index, tiles.mask
-        loaded = [
-            triton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
-            for ref in refs[: len(arrays)]
-        ]
-        for ref, value in zip(refs[len(arrays) :], passes(tiled, *loaded), strict=True):
-            triton.store(ref.at[index], value, mask=mask)
-
-    made = pl.pallas_call(
-        kernel,
-        out_shape=[jax.ShapeDtypeStruct(tiles.shape, one.dtype) for one in made],
-        grid=tiles.grid,
-        compiler_params=triton.CompilerParams(num_warps=tiles.warps),
-        interpret=interpret,
-        name="keras_rq_tiles",
-    )(*(a.reshape(tiles.shape) for a in split))
-    return tuple(rule.merge(m.reshape(split[0].shape)) for m in made)
+    return Kernels.of(rule, dtype)

@@ -17,11 +17,15 @@ class GradientRule(Protocol):
             blocks along the middle axis; None if it is not. A backend may then run the passes
             tile by tile.
         split_is_reshape: whether `split` keeps all elements in their order.
+        turn: None; or a length, a power of two: `enter` is the Hadamard rotation of every so many
+            neighbours along the middle axis of `tiling`, the innermost one, whose blocks they fill;
+            `leave_back` is too, and `leave` and `enter_back` change nothing.
         in_parts: the same rule, its passes arranged for XLA's CPU backend.
     """
 
     tiling: tuple[int, int, int] | None
     split_is_reshape: bool
+    turn: int | None
     in_parts: Self
 
     def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:

@@ -58,18 +58,19 @@ def hadamard(
 
 def _by_product(product: Callable[[Any, Any], Any], x: Any, at: int, size: int) -> Any:
     # Signs are exact in any dtype, so that a 16-bit tensor need not be widened first.
-    signs = ops.cast(ops.convert_to_tensor(_signs(size)), x.dtype)
+    matrix = ops.cast(ops.convert_to_tensor(signs(size)), x.dtype)
     sizes = list(ops.shape(x))
     if at == len(sizes) - 1:
-        made = product(ops.reshape(x, [*sizes[:at], x.shape[at] // size, size]), signs)
+        made = product(ops.reshape(x, [*sizes[:at], x.shape[at] // size, size]), matrix)
     else:
         inner = math.prod(x.shape[at + 1 :]) if None not in x.shape[at + 1 :] else -1
-        made = product(signs, ops.reshape(x, [*sizes[:at], x.shape[at] // size, size, inner]))
+        made = product(matrix, ops.reshape(x, [*sizes[:at], x.shape[at] // size, size, inner]))
     return made * (1.0 / math.sqrt(size))
 
 
 @functools.cache
-def _signs(size: int) -> np.ndarray:
+def signs(size: int) -> np.ndarray:
+    """The Hadamard matrix of a power of two: float32 ones and minus ones, its own transpose."""
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])

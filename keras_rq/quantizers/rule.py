@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
-from keras_rq.numerics.blocks import Blocks, BlockView
+from keras_rq.numerics.blocks import Blocks, BlockView, MergedAxes
 from keras_rq.numerics.ranges import Range
+from keras_rq.numerics.rotations import rotation_size
 from keras_rq.numerics.rows import in_parts
 
 if TYPE_CHECKING:
@@ -103,6 +104,17 @@ class FakeQuantization:
     @property
     def _rotates(self) -> bool:
         return self.quantizer.rotation is not None and self.rotated is None
+
+    @property
+    def turn(self) -> int | None:
+        """Length of the lines of neighbours that `enter` and `leave_back` rotate within blocks."""
+        extents, axes = self.view.extents, self.blocks.axes
+        if not self._rotates or self.unrotate or extents is None:
+            return None
+        merged = MergedAxes(self.view.shape, tuple(a % len(self.view.shape) for a in axes))
+        size = rotation_size(merged.length)
+        are_last = merged.axes == tuple(range(len(merged.shape)))[-len(axes) :]
+        return size if are_last and extents[1] % size == 0 else None
 
     def inside(self, dtype: Any) -> FakeQuantization:
         """The same passes without their rotations, which `enter` and `leave` do."""

@@ -74,6 +74,9 @@ def check(received: Any, expected: Any, dtype: str) -> None:
 # Narrow floats are cast where a tile is loaded and stored: rows and columns that fill no tile.
 TYPED = [(*tensor, "float32") for tensor in TENSORS]
 TYPED += [(*tensor, "bfloat16") for tensor in TENSORS[1:4:2]]
+# Long enough for matrix units to rotate them.
+TURNED = [((70, 128), -1, "bfloat16"), ((70, 384), -1, "float16")]
+TYPED += TURNED
 
 
 @on_jax
@@ -83,19 +86,33 @@ def test_pallas_kernels_equal_the_rule(quantizer: Any, shape: Any, axes: Any, dt
     from keras_rq.backend import pallas
 
     rule, x, upstream = make(quantizer, shape, axes, dtype)
-    inside = rule.inside(x.dtype)
-    tiles = pallas._Tiles.cut(inside.tiling)
+    kernels = pallas.Kernels.of(rule, x.dtype)._replace(interpret=not pallas.on_gpu())
 
     @compiled
     def made(x: Any, upstream: Any) -> Any:
-        given = rule.enter(x), rule.enter_back(upstream)
-        gradient, y = pallas.run(inside, tiles, both, *given, interpret=not pallas.on_gpu())
-        on_tiles = rule.leave_back(gradient, x.dtype), rule.leave(y, x.dtype)
-        return on_tiles, both(rule, x, upstream)
+        return kernels.backward(True, x, upstream), both(rule, x, upstream), kernels.forward(x)
 
-    on_tiles, plain = made(x, upstream)
-    assert all(one.dtype == x.dtype for one in on_tiles)
+    on_tiles, plain, y = made(x, upstream)
+    assert all(one.dtype == x.dtype for one in (*on_tiles, y))
     check(on_tiles, plain, dtype)
+    check([y], plain[1:], dtype)
+
+
+@on_jax
+@pytest.mark.parametrize(("shape", "axes", "dtype"), TURNED, ids=str)
+@pytest.mark.parametrize("quantizer", [QuEST(1), Ridge(1, rotation="hadamard")], ids=repr)
+def test_rows_of_16_bits_are_rotated_in_kernels_that_compile_for_gpus(
+    quantizer: Any, shape: Any, axes: Any, dtype: str
+):
+    import jax
+
+    from keras_rq.backend import pallas
+
+    rule, x, upstream = make(quantizer, shape, axes, dtype)
+    kernels = pallas.Kernels.of(rule, x.dtype)
+    assert kernels.turn == 128
+    traced = jax.jit(lambda x, g: kernels.backward(True, x, g)).trace(x, upstream)
+    assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @on_jax
@@ -118,48 +135,52 @@ def test_the_gpu_path_of_a_whole_quantizer(axis: int, monkeypatch: pytest.Monkey
     check(jax.jit(lambda x: run(x))(x), expected, "float32")
 
 
-# PyTorch traces each for half a second; JAX meets all pairs.
-PAIRS = [(q, *tensor) for turn, q in enumerate(QUANTIZERS) for tensor in TENSORS[turn % 2 :: 2]]
-
-
-@on_torch
-@pytest.mark.parametrize(("quantizer", "shape", "axes"), PAIRS, ids=lambda value: str(value)[:40])
-def test_what_pytorch_compiles_equals_the_rule(
-    quantizer: Any, shape: Any, axes: Any, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def inductor(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The traced graphs, run without the compiler: its code needs a GPU to be what users run."""
     import torch
 
     from keras_rq.backend import inductor
 
+    def forget() -> None:
+        inductor._forward.cache_clear()
+        inductor._backward.cache_clear()
+
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    inductor._passes.cache_clear()
-    rule, x, upstream = make(quantizer, shape, axes, "float32")
-    if rule.tiling is None:
-        pytest.skip("rotations are not fused in PyTorch")
-    fused = inductor._Fused(rule, x)
-    received = fused.backward(x, (), upstream), fused.forward(x)[0]
-    inductor._passes.cache_clear()
-    check(received, both(rule, x, upstream), "float32")
+    forget()
+    yield inductor
+    forget()
+
+
+# PyTorch traces each for half a second; JAX meets all pairs.
+PAIRS = [(q, *tensor) for turn, q in enumerate(QUANTIZERS) for tensor in TENSORS[turn % 2 :: 2]]
+HALVES = [(q, *tensor[:2]) for q in (QuEST(1), Ridge(4)) for tensor in TURNED]
 
 
 @on_torch
-def test_one_pair_of_graphs_serves_all_tensors_with_the_same_blocks(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("quantizer", "shape", "axes", "dtype"),
+    [*((*pair, "float32") for pair in PAIRS), *((*pair, "bfloat16") for pair in HALVES)],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_pytorch_compiles_equals_the_rule(
+    quantizer: Any, shape: Any, axes: Any, dtype: str, inductor: Any
 ):
-    import torch
+    rule, x, upstream = make(quantizer, shape, axes, dtype)
+    fused = inductor._Fused(rule, x)
+    received = fused.backward(x, (), upstream), fused.forward(x)[0]
+    assert all(one.dtype == x.dtype for one in received)
+    check(received, both(rule, x, upstream), dtype)
 
-    from keras_rq.backend import inductor
 
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    inductor._passes.cache_clear()
+@on_torch
+def test_one_pair_of_graphs_serves_all_tensors_with_the_same_blocks(inductor: Any):
     for shape in ((3, 7, 256), (40, 384), (2, 128)):
         rule, x, upstream = make(Ridge(4), shape, -1, "float32")
         fused = inductor._Fused(rule, x)
         received = fused.backward(x, (), upstream), fused.again(x, ())
         check(received, both(rule, x, upstream), "float32")
-    assert inductor._passes.cache_info().misses == 1
-    inductor._passes.cache_clear()
+    assert inductor._forward.cache_info().misses == inductor._backward.cache_info().misses == 1
 
 
 @pytest.mark.forward

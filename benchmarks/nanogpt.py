@@ -29,6 +29,10 @@ SEEDS = (0, 1, 2)
 DECIDING = ("recommended", "quest", "ridge")
 DECIDING_SETTINGS = ("A1W1", "A4W4")
 FLOAT = {"method": "float", "setting": "float"}
+DECIDING_PLACES = (
+    FLOAT,
+    *({"method": m, "setting": s} for s in DECIDING_SETTINGS for m in DECIDING),
+)
 # One field of `Ridge` after the other is changed; a trust mask takes the place of the fading. The
 # range is one that linear and affine grids can both have.
 KNOB_BASE = {
@@ -89,10 +93,26 @@ class Plans:
         return self.runs([{**place, "lr": lr} for place in places for lr in RATES])
 
     def deciding(self, rows: Sequence[Row]) -> list[runs.Order]:
-        """Long runs with several seeds, each at its best rate among the short ones so far."""
-        pairs = [{"method": m, "setting": s} for s in DECIDING_SETTINGS for m in DECIDING]
-        rated = [{**place, "lr": self.best_rate(rows, place)} for place in (FLOAT, *pairs)]
-        return self.runs([{**one, "seed": s} for s in SEEDS for one in rated], self.long)
+        """Long runs with several seeds, each at its best rate.
+
+        The first seed runs at the two rates that were best among the short runs, since the best
+        rate falls as runs grow longer; the others at the better of these.
+        """
+        trials = [self.trials(rows, place) for place in DECIDING_PLACES]
+        chosen = [{**self.better(rows, pair), "seed": s} for s in SEEDS[1:] for pair in trials]
+        return [*(trial for pair in trials for trial in pair), *chosen]
+
+    def trials(self, rows: Sequence[Row], place: Place) -> list[runs.Order]:
+        """The long runs of the first seed, by which the rate is chosen."""
+        rates = self.best_rates(rows, place)[:2]
+        return self.runs([{**place, "lr": lr} for lr in rates], self.long)
+
+    def better(self, rows: Sequence[Row], trials: Sequence[runs.Order]) -> runs.Order:
+        """The most accurate of some runs; the first while one of them is not known."""
+        known = [runs.find(rows, run) for run in trials]
+        if None in known:
+            return trials[0]
+        return max(zip(trials, known, strict=True), key=lambda one: one[1]["val_accuracy"] or 0)[0]
 
     def knobs(self, rows: Sequence[Row]) -> list[runs.Order]:
         """What each field of `Ridge` is worth, at A1W1."""
@@ -105,14 +125,15 @@ class Plans:
         fields = [{"both": {**base, name: value}} for value in KNOBS[name]]
         return self.runs([{**place, "fields": one} for one in fields])
 
-    def best_rate(self, rows: Sequence[Row], place: Place) -> float:
-        """The rate of the best short run of a method at a setting."""
+    def best_rates(self, rows: Sequence[Row], place: Place) -> list[float]:
+        """Rates from the best of the short runs of a method at a setting to the worst."""
         swept = [runs.find(rows, run) for run in self.runs([{**place, "lr": r} for r in RATES])]
         known = [row for row in swept if row is not None and row["val_accuracy"] is not None]
         if len(known) < len(RATES):
             where = f"{place['method']} {place['setting']}"
             runs.tell(f"{where}: {len(known)} of {len(RATES)} rates are known")
-        return max(known, key=lambda row: row["val_accuracy"])["lr"] if known else RATES[0]
+        ranked = sorted(known, key=lambda row: -row["val_accuracy"])
+        return [row["lr"] for row in ranked] or [RATES[0]]
 
     def runs(self, places: Sequence[Place], steps: int | None = None) -> list[runs.Order]:
         """The runs of some places, with what they share."""

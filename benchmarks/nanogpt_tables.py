@@ -22,7 +22,10 @@ def tables(rows: Sequence[Row], plans: Plans) -> str:
         "One-bit and sparse weights": sparse(rows, plans),
         "A1W1 by learning rate": rates(rows, plans, "A1W1", METHODS),
         "A4W4 by learning rate": rates(rows, plans, "A4W4", DECIDING),
-        f"{plans.long:,} steps, each at its best rate": deciding(rows, plans),
+        f"{plans.long:,} steps, the two rates that are best after {plans.short:,}": trials(
+            rows, plans
+        ),
+        f"{plans.long:,} steps, each at its better rate": deciding(rows, plans),
         **{f"A1W1, `{name}` of `Ridge`": knob(rows, plans, name) for name in KNOBS},
         "Other runs": accuracy.others(rows, planned(rows, plans)),
     }
@@ -100,16 +103,25 @@ def _deciding_line(
 
 
 def _long(rows: Sequence[Row], plans: Plans, place: nanogpt.Place) -> list[Row]:
-    """The long runs of a place at the rate with the most seeds."""
-    by_rate = [
-        [
-            row
-            for run in plans.runs([{**place, "lr": lr, "seed": s} for s in SEEDS], plans.long)
-            if (row := accuracy.look_up(rows, run)) is not None and not row.get("error")
-        ]
-        for lr in RATES
-    ]
-    return max(by_rate, key=len)
+    """The long runs of a place at its better rate."""
+    lr = plans.better(rows, plans.trials(rows, place))["lr"]
+    found = plans.runs([{**place, "lr": lr, "seed": seed} for seed in SEEDS], plans.long)
+    known = (accuracy.look_up(rows, run) for run in found)
+    return [row for row in known if row is not None and not row.get("error")]
+
+
+def trials(rows: Sequence[Row], plans: Plans) -> str | None:
+    """The long runs by which rates were chosen."""
+    lines = {
+        f"{place['method']} {place['setting']}".replace("float float", "float"): {
+            f"{run['lr']:g}": run
+            for run in sorted(plans.trials(rows, place), key=lambda run: run["lr"])
+        }
+        for place in nanogpt.DECIDING_PLACES
+    }
+    columns = dict.fromkeys(f"{lr:g}" for lr in RATES)
+    known = {name: {c: of[c] for c in columns if c in of} for name, of in lines.items()}
+    return accuracy.grid(rows, "method", known)
 
 
 def knob(rows: Sequence[Row], plans: Plans, name: str) -> str | None:

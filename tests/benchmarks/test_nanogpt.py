@@ -104,12 +104,19 @@ def test_plans_hold_what_the_tables_need():
 
 
 def test_long_runs_take_the_best_rate_of_the_short_ones():
-    rows = _rows("sweep", accuracy=lambda run: 0.5 - abs(run["lr"] - 4e-3))
+    rows = _rows("sweep", accuracy=lambda run: 0.5 - abs(run["lr"] - 3.9e-3))
     long = PLANS.deciding(rows)
-    assert len(long) == 3 * (1 + 2 * 3)
-    rates = {(run["method"], run["setting"]): run["lr"] for run in long}
-    assert rates["quest", "A1W1"] == rates["ridge", "A1W1"] == 4e-3
-    assert rates["quest", "A4W4"] == rates["float", "float"] == 1e-3  # nothing known: the stock
+    places = {}
+    for run in long:
+        places.setdefault((run["method"], run["setting"]), []).append((run["seed"], run["lr"]))
+    assert len(places) == 1 + 2 * 3
+    for method in ("quest", "ridge", "recommended"):
+        assert places[method, "A1W1"] == [(0, 4e-3), (0, 2e-3), (1, 4e-3), (2, 4e-3)]
+    # Nothing known: the stock rate.
+    assert places["quest", "A4W4"] == places["float", "float"] == [(s, 1e-3) for s in range(3)]
+    tried = _rows("deciding", rows, lambda run: 0.5 + 0.1 * (run["lr"] == 2e-3))
+    chosen = [r for r in PLANS.deciding([*rows, *tried]) if r["seed"] and r["setting"] == "A1W1"]
+    assert {run["lr"] for run in chosen} == {2e-3}
 
 
 def test_tables_and_figures_are_drawn_from_rows(tmp_path: Path):

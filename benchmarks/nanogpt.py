@@ -38,8 +38,9 @@ DECIDING_PLACES = (
 KNOB_BASE = {
     "affine": True,
     "range": "rms",
+    "rotation": "hadamard",
     "trust": None,
-    "fade": 1.6,
+    "fade": 1.2,
     "ridge_lambda": 0.01,
     "fit_gradient": True,
     "block_size": 128,
@@ -47,7 +48,8 @@ KNOB_BASE = {
 KNOB_RATE = 4e-3
 KNOBS: dict[str, tuple[Any, ...]] = {
     "affine": (True, False),
-    "fade": (None, 1.0, 1.3, 1.6, 2.0),
+    "rotation": (None, "hadamard"),
+    "fade": (None, 0.9, 1.2, 1.6, 2.0),
     "trust": (None, 0.3, 0.6, 1.0),
     "ridge_lambda": (0.0, 1e-4, 1e-2, 1.0),
     "fit_gradient": (True, False),

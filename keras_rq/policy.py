@@ -193,11 +193,13 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
     Args:
         spec: shorthand, `A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>[-paired]]`: "A4W1",
             "A1W1-channel", "A4W1-128-2:4", "W4" (weights only). Bits are 1, 1.5 (ternary), 2 to 8
-            or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`;
+            or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`, at up to two bits
+            with fading gradients; where both operands have one bit, both are rotated too.
             `keras_rq.presets` has others.
         weights: quantizer of kernels, or a bit width; replaces what `spec` says.
         activations: quantizer of layer inputs, or a bit width; replaces what `spec` says. None
-            leaves what `spec` says; for weights alone write "W4".
+            leaves what `spec` says; for weights alone write "W4". Where one operand is replaced by
+            a quantizer that does not rotate, here or in a rule, what is left of the other does not.
         matmuls: quantizer of the products of two activations, or a bit width; both operands get it.
             In MultiHeadAttention and GroupedQueryAttention those are queries and keys, along the
             head, and probabilities and values, along the keys: the number of keys may be unknown,
@@ -247,8 +249,9 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         self.forward = _check_forward(forward)
         self.fold_batch_norm = _check_fold(fold_batch_norm)
         of_weights, of_activations = (None, None) if spec is None else shorthand.read(spec)
-        self.weights = of_weights if weights is None else quantizers.get(weights)
-        self.activations = of_activations if activations is None else quantizers.get(activations)
+        weights, activations = quantizers.get(weights), quantizers.get(activations)
+        self.weights = _beside(activations, of_weights) if weights is None else weights
+        self.activations = _beside(weights, of_activations) if activations is None else activations
         self.matmuls = _check_matmuls(matmuls)
         super().__init__(self.weights, self.activations)
         self.rules = tuple(rules)
@@ -285,8 +288,10 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         if rule.skip:
             return LayerQuantization(None, None)
         return LayerQuantization(
-            self.weights if rule.weights is ... else rule.weights,
-            self.activations if rule.activations is ... else rule.activations,
+            _beside(rule.activations, self.weights) if rule.weights is ... else rule.weights,
+            _beside(rule.weights, self.activations)
+            if rule.activations is ...
+            else rule.activations,
             matmuls=self.matmuls if rule.matmuls is ... else rule.matmuls,
             **others,
         )
@@ -329,6 +334,17 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             f"matmuls={self.matmuls!r}, rules={list(self.rules)!r}, forward={self.forward!r}, "
             f"fold_batch_norm={self.fold_batch_norm!r})"
         )
+
+
+def _beside(replaced: Any, left_open: Quantizer | None) -> Quantizer | None:
+    """The operand that a rule or an argument leaves open, beside the other one, which it may set.
+
+    It is rotated only along with the other: alone, it would be rotated back before the product.
+    """
+    is_alone = isinstance(replaced, Quantizer) and replaced.rotation is None
+    if is_alone and left_open is not None and left_open.rotation is not None:
+        return left_open.replace(rotation=None)
+    return left_open
 
 
 def _check_match(match: Any) -> Any:

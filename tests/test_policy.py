@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from keras import layers
 
 import keras_rq as rq
 from keras_rq.policy import LayerQuantization
-from keras_rq.quantizers import Ridge, StraightThrough
+from keras_rq.quantizers import QuEST, Ridge, StraightThrough
 
 pytestmark = pytest.mark.once
 
@@ -23,6 +24,8 @@ def model_of(*names: str) -> keras.Model:
 
 
 # Shorthand.
+
+ROTATED = functools.partial(Ridge, 1, fade=1.2, rotation="hadamard")
 
 
 @pytest.mark.parametrize(
@@ -38,11 +41,11 @@ def model_of(*names: str) -> keras.Model:
         ("Wfp4", Ridge("fp4"), None),
         ("W1.5-64", Ridge(1.5, fade=1.0, block_size=64), None),
         ("A4W4-32", Ridge(4, block_size=32), Ridge(4, block_size=32)),
-        (
-            "A1W1-channel",
-            Ridge(1, fade=1.6, block_size="channel"),
-            Ridge(1, fade=1.6, block_size="channel"),
-        ),
+        ("W1", Ridge(1, fade=1.6), None),
+        ("A1W1", ROTATED(), ROTATED()),
+        ("A1W1-channel", ROTATED(block_size="channel"), ROTATED(block_size="channel")),
+        ("A1W1-64-2:4", ROTATED(block_size=64, sparsity="2:4"), ROTATED(block_size=64)),
+        ("A1W1.5", Ridge(1.5, fade=1.0), Ridge(1, fade=1.6)),
         ("A4W2-tensor", Ridge(2, fade=1.3, block_size="tensor"), Ridge(4, block_size="tensor")),
         ("A4W4-2:4", Ridge(4, sparsity="2:4"), Ridge(4)),
         ("W1-1:4", Ridge(1, fade=1.6, sparsity="1:4"), None),
@@ -118,6 +121,28 @@ def test_arguments_replace_what_the_shorthand_says():
     assert (policy.weights, policy.activations) == (Ridge(8), Ridge(4))
     quantizer = StraightThrough(4)
     assert rq.QuantizationPolicy("A4W1", activations=quantizer).activations is quantizer
+
+
+def test_what_is_left_of_a_rotated_pair_is_not_rotated():
+    policy = rq.QuantizationPolicy("A1W1", activations=8)
+    assert (policy.weights, policy.activations) == (Ridge(1, fade=1.2), Ridge(8))
+    rules = [
+        rq.Rule("a", weights=8),
+        rq.Rule("b", activations=8),
+        rq.Rule("c", activations=QuEST(4)),
+        rq.Rule("d", activations=None),
+        rq.Rule("e", matmuls=8),
+    ]
+    policy = rq.QuantizationPolicy("A1W1", rules=rules)
+    found = [policy.resolve(layer) for layer in model_of("a", "b", "c", "d", "e", "f").layers]
+    assert [(one.weights, one.activations) for one in found] == [
+        (Ridge(8), Ridge(1, fade=1.2)),
+        (Ridge(1, fade=1.2), Ridge(8)),
+        (ROTATED(), QuEST(4)),
+        (ROTATED(), None),
+        (ROTATED(), ROTATED()),
+        (ROTATED(), ROTATED()),
+    ]
 
 
 # Wrong arguments.

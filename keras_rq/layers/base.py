@@ -193,12 +193,11 @@ class QuantizedLayer:
         product, quantizer = self.pairs()[name], self.quantization.matmuls
         if quantizer is None:
             return product.apply(x, y)
-        alike = product.shares_rotation(y.shape)
-        if not alike:
+        if not product.shares_rotation(y.shape):
             quantizer = quantizer.replace(rotation=None)
         blocks = product.input_blocks(quantizer), product.kernel_blocks(quantizer)
-        y = quantizer.fake_quantize(y, blocks[1], unrotate=not alike)
-        quantized = quantizer.fake_quantize(x, blocks[0], unrotate=not alike)
+        y = quantizer.fake_quantize(y, blocks[1], unrotate=False)
+        quantized = quantizer.fake_quantize(x, blocks[0], unrotate=False)
         return product.apply(product.restore_zeros(x, quantized), y)
 
     def quantized_kernel(

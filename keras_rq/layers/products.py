@@ -382,6 +382,9 @@ class ReversedLookup(Product):
 
     is_matmul = True
 
+    def shares_rotation(self, kernel_shape: Shape) -> bool:
+        return False  # the rows are looked up as well, and would have to be rotated back
+
     def apply(self, x: Any, kernel: Any) -> Any:
         return ops.matmul(x, ops.transpose(kernel))
 

@@ -64,7 +64,11 @@ class Quantizer:
             "rms" up to two bits, where reaching the outliers costs more than clipping them (the
             paper leaves the range open; digits network at A1W1: 93 % against 82 % with "minmax");
             above, "minmax" where there is an offset and "absmax" where there is none.
-        rotation: None or "hadamard".
+        rotation: None or "hadamard", along the contraction, before statistics are taken. Operands
+            that are both rotated have the same product. Where they do not (depthwise convolutions,
+            some grouped ones, tables whose rows are looked up), `keras_rq.quantize` drops the
+            rotation of both. If one operand alone is rotated, it is rotated back before
+            the product, which an exported file then computes in float.
         trust: None, or a factor >= 0: gradients stop at elements that lie farther outside the grid
             than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge. What is
             pruned lies inside as a rule, and keeps its gradient.

@@ -26,7 +26,8 @@ class QuEST(StraightThrough):
     zero and without one at zero; its outermost level lies where the error of a Gaussian of the
     block's root mean square is least. Ternary and FP4 grids have a zero. The gradient is the
     upstream one where the quantized value is a trustworthy stand-in for the value, else zero. If
-    both operands of a product are rotated, neither is rotated back before it.
+    both operands of a product are rotated, neither is rotated back before it, and layers where that
+    would be wrong are not rotated (see `Quantizer`).
 
     Of the code: the 1e-8 that the authors add to a scale is left out (a flat row needs none here),
     and a value halfway between two levels goes to the upper one.

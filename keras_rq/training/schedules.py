@@ -289,7 +289,7 @@ def _apply(
     if stage is None:
         return _FLOAT
     if isinstance(stage, QuantizationPolicy):
-        after = surgery.suited(layer, stage.resolve(layer, around))
+        after = stage.resolve(layer, around)
     else:
         try:
             changed = {
@@ -299,6 +299,7 @@ def _apply(
         except ValueError as error:
             raise ValueError(f"Layer {layer.path!r}: {error}") from error
         after = replace(before, **changed)
+    after = surgery.suited(layer, after)
     surgery.check_fit(layer, after)
     return after
 

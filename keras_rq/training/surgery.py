@@ -181,10 +181,21 @@ def _plan_matmuls(
 
 
 def suited(layer: keras.layers.Layer, quantization: LayerQuantization) -> LayerQuantization:
-    """What of a quantization a layer can use: that of kernels, or of products of activations."""
+    """What of a quantization a layer can use: that of kernels, or of products of activations.
+
+    A rotation of both operands is dropped where a product of the layer would have to undo it.
+    """
     if pairs_of(layer):
         return LayerQuantization(None, None, matmuls=quantization.matmuls)
-    return replace(quantization, matmuls=None, fold_batch_norm=False)
+    quantization = replace(quantization, matmuls=None, fold_batch_norm=False)
+    weights, activations = quantization.weights, quantization.activations
+    if weights is None or activations is None or weights.rotation != activations.rotation:
+        return quantization
+    products = products_of(layer).items()
+    if all(product.shares_rotation(getattr(layer, name).shape) for name, product in products):
+        return quantization
+    unrotated = {"weights": weights.replace(rotation=None)}
+    return replace(quantization, **unrotated, activations=activations.replace(rotation=None))
 
 
 def containers_around(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:

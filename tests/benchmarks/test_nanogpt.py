@@ -21,6 +21,8 @@ import runs
 import shakespeare
 from training import Run
 
+import keras_rq as rq
+
 pytestmark = pytest.mark.once
 
 TEXT = "First Citizen:\nBefore we proceed any further, hear me speak.\n" * 20
@@ -100,7 +102,14 @@ def test_plans_hold_what_the_tables_need():
     # The stock rate is shared with the first table.
     assert len(keys & {runs.key_of(run) for run in first}) == 8
     assert len(PLANS.sparse([])) == 4 * 2
-    assert len({runs.key_of(run) for run in PLANS.knobs([])}) == 2 + 5 + 4 + 4 + 2 + 4 + 3 - 6
+    assert len({runs.key_of(run) for run in PLANS.knobs([])}) == 2 + 2 + 5 + 4 + 4 + 2 + 4 + 3 - 7
+
+
+def test_the_base_of_the_knobs_is_the_default():
+    default = rq.QuantizationPolicy("A1W1")
+    base = rq.quantizers.Ridge(1, **nanogpt.KNOB_BASE)
+    assert (base.has_offset, base.range_rule) == (default.weights.has_offset, "rms")
+    assert default.weights == default.activations == base.replace(affine="auto", range="auto")
 
 
 def test_long_runs_take_the_best_rate_of_the_short_ones():

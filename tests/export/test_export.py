@@ -22,6 +22,7 @@ from export_cases import (
     SETTINGS,
     THOROUGH,
     Doubled,
+    both,
     branches,
     inputs,
     tripled,
@@ -116,6 +117,33 @@ def test_one_operand_alone_runs_in_float(policy: Any, storage: str | None, tmp_p
         "only one of its two operands is quantized",
         "its operands are not rotated alike",
     }
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "name", ["dense", "tokens", "conv2d", "depthwise", "separable", "grouped", "lookup"]
+)
+def test_one_bit_of_both_operands(name: str, tmp_path: Path):
+    """Rotated where the products are integer ones; elsewhere the file is that without rotations."""
+    arrays = inputs()
+
+    def exported(policy: rq.QuantizationPolicy) -> tuple[keras.Model, Any, bytes]:
+        model = branches((name,))
+        model.set_weights([np.random.default_rng(3).normal(size=w.shape) for w in model.weights])
+        model.quantize(policy, verbose=False)
+        result = rq.export(model, tmp_path / "m.tflite", inputs=arrays, verbose=False)
+        kernels = [(k.op, k.storage, k.delegated) for k in result.kernels]
+        return model, (result.products, kernels), result.path.read_bytes()
+
+    _, how, plain = exported(both(Ridge(1, fade=1.2)))
+    model, same, file = exported(rq.QuantizationPolicy("A1W1"))
+    assert same == how
+    if name in ("dense", "tokens", "conv2d"):
+        assert [p.kernel for p in how[0]] == ["integer"] and how[1]
+        assert len(load(file)._get_ops_details()) > len(load(plain)._get_ops_details())
+        assert max(differences(tmp_path / "m.tflite", model, arrays)) < PRECISION
+    else:
+        assert file == plain
 
 
 @pytest.mark.once

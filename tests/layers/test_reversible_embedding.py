@@ -42,8 +42,8 @@ def make(scheme: Scheme, **arguments: Any) -> Any:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
 @pytest.mark.parametrize("name", ["A4W1", "blocks", "tensor", "rotated"])
 def test_both_ways(name: str, tied: bool):
-    scheme = SCHEMES[name]
-    layer = make(scheme, tie_weights=tied, logit_soft_cap=5.0)
+    layer = make(SCHEMES[name], tie_weights=tied, logit_soft_cap=5.0)
+    scheme = Scheme(name, layer.quantization.weights, layer.quantization.activations)
     rows = quantized(layer.get_weights()[0], scheme.weights, ALONG).y
     np.testing.assert_allclose(to_numpy(layer(IDS)), rows[IDS], atol=ROUNDING * np.abs(rows).max())
     x = away_from_ties(lambda r: r.normal(size=(2, 3, WIDTH)), scheme.activations, ALONG)

@@ -224,6 +224,29 @@ def test_what_quantize_left_in_float_stays_in_float():
 
 
 @pytest.mark.once
+def test_a_layer_that_cannot_share_a_rotation_gets_none():
+    model = keras.Sequential(
+        [keras.Input((4, 4)), layers.DepthwiseConv1D(3), layers.Flatten(), layers.Dense(2)]
+    )
+    model.quantize(rq.QuantizationPolicy("A8W8"), verbose=False)
+    model.compile("sgd", "mse")
+    rotation = {"rotation": "hadamard"}
+    stages = {0: "A1W1", 1: "A8W8", 2: {"weights": rotation, "activations": rotation}}
+    seen = []
+    for epoch in stages:
+        x = X.reshape(32, 4, 4)
+        schedule = QuantizationSchedule(stages)
+        model.fit(x, Y, epochs=epoch + 1, initial_epoch=epoch, callbacks=[schedule], verbose=0)
+        found = [layer.quantization for layer in quantized_layers(model)]
+        seen.append([(one.weights.rotation, one.activations.rotation) for one in found])
+    assert seen == [
+        [(None, None), ("hadamard", "hadamard")],
+        [(None, None), (None, None)],
+        [(None, None), ("hadamard", "hadamard")],
+    ]
+
+
+@pytest.mark.once
 def test_nothing_is_compiled_anew_where_nothing_changes():
     model = make("A8W8")
     functions = []

@@ -233,6 +233,62 @@ def test_an_embedding_without_a_quantizer_for_its_table_stays_in_float():
     assert not isinstance(model.layers[0], QuantizedLayer)
 
 
+# Rotations.
+
+IMAGE, SERIES, INDEX = keras.Input((6, 6, 8)), keras.Input((5, 8)), keras.Input((3,), dtype="int32")
+ROTATED = {
+    "Dense": lambda: layers.Dense(4)(SERIES),
+    "EinsumDense": lambda: layers.EinsumDense("abc,bcd->ad", 4)(SERIES),
+    "LSTM": lambda: layers.LSTM(4)(SERIES),
+    "Conv2D": lambda: layers.Conv2D(4, 3)(IMAGE),
+    "Conv2DTranspose": lambda: layers.Conv2DTranspose(4, 3)(IMAGE),
+    "of whole blocks": lambda: layers.Conv2D(4, 1, groups=2)(keras.Input((2, 2, 256))),
+}
+NOT_ROTATED = {
+    "DepthwiseConv2D": lambda: layers.DepthwiseConv2D(3)(IMAGE),
+    "SeparableConv2D": lambda: layers.SeparableConv2D(4, 3)(IMAGE),
+    "grouped": lambda: layers.Conv2D(4, 3, groups=2)(IMAGE),
+    "Embedding": lambda: layers.Embedding(9, 8)(INDEX),
+    "tied": lambda: layers.ReversibleEmbedding(9, 8)(INDEX),
+    "not tied": lambda: layers.ReversibleEmbedding(9, 8, tie_weights=False)(INDEX),
+}
+
+
+def rotations(make: Any, policy: rq.QuantizationPolicy) -> set[tuple[Any, ...]]:
+    """Of the quantizers of the one layer that `make` calls, after a save and a load."""
+    output = make()
+    model = keras.Model(output._keras_history.operation.input, output)
+    model.quantize(policy, verbose=False)
+    copy = keras.Model.from_config(model.get_config())
+    found = [
+        layer.quantization
+        for one in (model, copy)
+        for layer in _layers(one)
+        if isinstance(layer, QuantizedLayer)
+    ]
+    assert len(found) == 2
+    return {tuple(q and q.rotation for q in (one.weights, one.activations)) for one in found}
+
+
+@pytest.mark.parametrize("policy", [rq.QuantizationPolicy("A1W1"), rq.presets.quest("A4W4")])
+@pytest.mark.parametrize("name", [*ROTATED, *NOT_ROTATED])
+def test_operands_are_rotated_where_their_product_is_the_same(
+    name: str, policy: rq.QuantizationPolicy
+):
+    rotation = "hadamard" if name in ROTATED else None
+    make = ROTATED.get(name) or NOT_ROTATED[name]
+    assert rotations(make, policy) == {(rotation, rotation)}
+
+
+@pytest.mark.parametrize("activations", [None, Ridge(8)], ids=["alone", "beside another"])
+@pytest.mark.parametrize("name", ["Dense", *NOT_ROTATED])
+def test_a_rotation_of_weights_alone_is_kept(name: str, activations: Any):
+    weights = Ridge(4, rotation="hadamard")
+    policy = rq.QuantizationPolicy(weights=weights, activations=activations)
+    make = ROTATED.get(name) or NOT_ROTATED[name]
+    assert rotations(make, policy) == {("hadamard", None)}
+
+
 class Weighted(layers.Layer):
     """Multiplies activations, and its weight is none of a matrix."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -83,3 +84,37 @@ def initial_weights_of_numpy() -> Iterator[None]:
         patch.setattr(random, "normal", normal)
         patch.setattr(random, "truncated_normal", normal)
         yield
+
+
+@pytest.fixture(autouse=True)
+def optimizer_before_the_first_step(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorFlow traces a step twice if the first trace makes the optimizer's variables.
+
+    Keras builds optimizers ahead on JAX only. In test_compiled.py they are left to the step.
+    """
+    if keras.backend.backend() != "tensorflow" or request.path.name == "test_compiled.py":
+        return
+    from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
+
+    make = TensorFlowTrainer.make_train_function
+
+    @functools.wraps(make)
+    def make_train_function(model: Any, force: bool = False) -> None:
+        known = model.train_function
+        make(model, force)
+        made = model.train_function
+        if made is known:
+            return
+
+        def train(iterator: Any) -> Any:
+            optimizer = model.optimizer
+            if optimizer is not None and not optimizer.built:
+                with keras.name_scope(optimizer.name, caller=optimizer):
+                    optimizer.build(model.trainable_variables)
+            return made(iterator)
+
+        model.train_function = train
+
+    monkeypatch.setattr(TensorFlowTrainer, "make_train_function", make_train_function)

@@ -30,7 +30,8 @@ from keras import ops
 
 from keras_rq.export import folding, signatures
 from keras_rq.layers.base import QuantizedLayer, all_lowered_by
-from keras_rq.layers.sharing import in_loop
+from keras_rq.layers.sharing import calls_as_one, in_loop
+from keras_rq.numerics.slopes import forward_only
 
 # What float32 dot products of a few hundred terms are uncertain by, relative to the largest value.
 _LAST_BITS = 2.0**-21
@@ -70,6 +71,8 @@ class Verification:
     magnitude: float
 
 
+@forward_only()
+@calls_as_one()
 def verify(
     model: keras.Model, run_file: Run, run_parts: Run | None, inputs: Any, batch: int, rtol: float
 ) -> Verification:

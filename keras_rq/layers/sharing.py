@@ -27,14 +27,20 @@ class _Made:
     loops: int = 0
 
 
+_MADE = "keras_rq_made"
+
+
 def _made_in_this_call() -> _Made | None:
     call = global_state.get_global_attribute("current_call_ctx")
     if call is None:
         return None
-    made = call.get_value("keras_rq_made")
+    made = global_state.get_global_attribute(_MADE)
+    if made is not None:
+        return made
+    made = call.get_value(_MADE)
     if made is None:
         made = _Made()
-        call.set_value("keras_rq_made", made)
+        call.set_value(_MADE, made)
     return made
 
 
@@ -52,6 +58,17 @@ def once_per_call(key: Hashable, make: Callable[[], Any]) -> Any:
     if known is None or (known[0] != place and key not in made.held):
         known = made.tensors[key] = (place, make())
     return known[1]
+
+
+@contextmanager
+def calls_as_one() -> Iterator[None]:
+    """Lets calls that leave all weights as they are share what is made once per call."""
+    before = global_state.get_global_attribute(_MADE)
+    global_state.set_global_attribute(_MADE, _Made())
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_MADE, before)
 
 
 @contextmanager

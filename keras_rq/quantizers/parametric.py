@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.dequantizers import Line
-from keras_rq.numerics.slopes import with_slopes
+from keras_rq.numerics.slopes import is_forward_only, with_slopes
 
 if TYPE_CHECKING:
     from keras_rq.quantizers.base import Quantizer
@@ -30,12 +30,14 @@ def fake_quantize(
     parameters = _given(quantizer, values, view, parameters)
     data, fixed = ops.stop_gradient(values), _without_gradient(parameters)
     codes, line = quantizer.encode_with(data, view, fixed)
-    to_values, to_parameters = quantizer.slopes(data, codes, view, fixed)
     made = line(codes)
     kept = _kept(quantizer, x, view, blocks)
+    made = made if kept is None else made * kept
+    if is_forward_only():
+        return view.merge(made)
+    to_values, to_parameters = quantizer.slopes(data, codes, view, fixed)
     if kept is not None:
         # Data that is pruned keeps its gradient, as in `numerics.dequantizers`; it moves no range.
-        made = made * kept
         to_parameters = {name: slope * kept for name, slope in to_parameters.items()}
     terms = [(parameters[name], slope) for name, slope in to_parameters.items()]
     return view.merge(with_slopes(made, (values, to_values), *terms))

@@ -31,12 +31,18 @@ SETTINGS: dict[str, Callable[[ModuleType, Sequence[Any]], Any]] = {
     "A8W8-channel": lambda rq, rules: rq.QuantizationPolicy("A8W8-channel", rules=rules),
     "A4W4-128": lambda rq, rules: rq.QuantizationPolicy("A4W4-128", rules=rules),
     "A1W1-128": lambda rq, rules: rq.QuantizationPolicy("A1W1-128", rules=rules),
+    # What the rotations of "A1W1" cost.
+    "A1W1-128 unrotated": lambda rq, rules: rq.QuantizationPolicy(
+        weights=rq.quantizers.Ridge(1, fade=1.6),
+        activations=rq.quantizers.Ridge(1, fade=1.6),
+        rules=rules,
+    ),
     "A4W1-128-2:4": lambda rq, rules: rq.QuantizationPolicy("A4W1-128-2:4", rules=rules),
     "A8W8-channel int8": lambda rq, rules: rq.QuantizationPolicy(
         "A8W8-channel", rules=rules, forward="int8"
     ),
 }
-DEFAULT_SETTINGS = tuple(SETTINGS)[:4]
+DEFAULT_SETTINGS = tuple(SETTINGS)[:5]
 # By model: what stays in float. Embeddings and heads, as the literature does with transformers.
 RULES: dict[str, Callable[[ModuleType], list[Any]]] = {
     "nanogpt": lambda rq: [rq.Rule("tokens", skip=True), rq.Rule("head", skip=True)],

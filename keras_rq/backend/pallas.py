@@ -34,7 +34,9 @@ from keras_rq.numerics.rotations import signs
 _ROW_TILE, _COLUMN_TILE, _LARGEST_TILE = 2048, 8192, 16384
 _SHARE, _LONG_SHARE = 512, 1024
 _INNERMOST = 8  # elements along the last axis, for loads of 32 bytes of float32
-_TURN_TILE = 8192  # of rows that are rotated, each tile by a matrix that it has to load
+# Rows that are rotated: each tile loads a matrix for it, and four warps multiply as one (up to 64
+# rows). With more of them an H200 took two to five times as long.
+_TURN_TILE, _TURN_WARPS = 8192, 4
 _SMALLEST_SIDE = 16  # of a matrix that Triton multiplies
 
 
@@ -79,6 +81,7 @@ class _Tiles(NamedTuple):
 
     @property
     def warps(self) -> int:
+        """Of a kernel that does not rotate."""
         is_long = self.axis == 0 or self.tile[1] >= _ROW_TILE
         share = _LONG_SHARE if is_long else _SHARE
         return max(1, min(16, math.prod(self.tile) // share))
@@ -187,16 +190,16 @@ class Kernels(NamedTuple):
         split = [self.inside.split(a) for a in arrays]
         tiles, rule = self.tiles, self.inside.on_view(self.tiles.view)
         given = [a.reshape(tiles.shape) for a in split]
+        run = functools.partial(_call, tiles, interpret=self.interpret)
         if self.turn is None:
-            made = _call(tiles, functools.partial(passes, rule), given, (), self.interpret)
+            made = run(functools.partial(passes, rule), given, (), warps=tiles.warps)
         else:
             matrix = jnp.asarray(signs(self.turn), arrays[0].dtype)
-            made = _call(
-                tiles,
+            made = run(
                 lambda *loaded: passes(_Turned(rule, loaded[-1]), *loaded[:-1]),
                 given,
                 (matrix,),
-                self.interpret,
+                warps=_TURN_WARPS,
             )
         return tuple(self.inside.merge(m.reshape(split[0].shape)) for m in made)
 
@@ -212,6 +215,7 @@ def _call(
     function: Callable[..., tuple[Any, ...]],
     arrays: Sequence[Any],
     whole: Sequence[Any],
+    warps: int,
     interpret: bool,
 ) -> Sequence[Any]:
     """Runs a function on every tile of some arrays, and on whole small ones."""
@@ -233,7 +237,7 @@ def _call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(tiles.shape, one.dtype) for one in made],
         grid=tiles.grid,
-        compiler_params=triton.CompilerParams(num_warps=tiles.warps),
+        compiler_params=triton.CompilerParams(num_warps=warps),
         interpret=interpret,
         name="keras_rq_tiles",
     )(*arrays, *whole)

@@ -243,12 +243,16 @@ def crash(backend: str, kills: int, seed: int, pause: float) -> dict[str, Any]:
         child.wait(until=(1, 0))
         began = time.perf_counter()
         converged = [child.wait()[1]]
-        epoch_seconds = (time.perf_counter() - began) / (EPOCHS - 1)
+        batch_seconds = (time.perf_counter() - began) / BATCHES / (EPOCHS - 1)
         moments = []
         for index in range(kills):
             child = Child(train, killed, pause=pause, first=bool(index % 2))
             first = child.wait(until=(0, 0))
-            time.sleep(chance.uniform(0, 1.5 * epoch_seconds))
+            # Counted in batches: where a schedule has a step compiled again, a clock would end every
+            # attempt at the same place.
+            ahead = first[0] * BATCHES + first[1] + chance.randrange(3 * BATCHES // 2)
+            child.wait(until=divmod(ahead, BATCHES))
+            time.sleep(chance.uniform(0, 2 * batch_seconds))
             last = child.kill()
             epoch, problem = backed_up(killed / "backup")
             moments.append({"began": first, "killed": last, "backup": epoch, "problem": problem})

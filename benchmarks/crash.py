@@ -248,8 +248,8 @@ def crash(backend: str, kills: int, seed: int, pause: float) -> dict[str, Any]:
         for index in range(kills):
             child = Child(train, killed, pause=pause, first=bool(index % 2))
             first = child.wait(until=(0, 0))
-            # Counted in batches: where a schedule has a step compiled again, a clock would end every
-            # attempt at the same place.
+            # Counted in batches: where a schedule has a step compiled again, a clock would end all
+            # attempts at the same place.
             ahead = first[0] * BATCHES + first[1] + chance.randrange(3 * BATCHES // 2)
             child.wait(until=divmod(ahead, BATCHES))
             time.sleep(chance.uniform(0, 2 * batch_seconds))

@@ -314,7 +314,7 @@ class Lowering:
         quantizer = self.layer.quantization.activations
         x = ops.cast(x, "float32")
         if quantizer.rotation is not None:
-            x = rotations.hadamard(x, blocks.axes)
+            x = rotations.hadamard(x, blocks.axes, _by_rows)
         view = blocks.view(tuple(x.shape))
         codes, line = quantizer.codes_and_line(x, view, blocks, self.given)
         codes = view.merge(codes)
@@ -380,6 +380,16 @@ class Lowering:
         ones = np.ones(1, np.float32)
         unpacked = self.graph.constant(codes, ones, None, bits, codes.ndim - 1, label)
         return view.merge(line(view.split(unpacked)))
+
+
+def _by_rows(x: Any, matrix: Any) -> Any:
+    """`(..., n) x (n, n)` of a symmetric matrix, as one FULLY_CONNECTED.
+
+    XNNPACK runs it; the sums and differences of the fast transform, one by one, it does not.
+    """
+    tf = require("tensorflow")
+    rows = tf.reshape(x, (-1, x.shape[-1]))
+    return tf.reshape(tf.matmul(rows, matrix, transpose_b=True), x.shape)
 
 
 def _whole(blocks: Blocks) -> Blocks:

@@ -314,7 +314,7 @@ class Lowering:
         quantizer = self.layer.quantization.activations
         x = ops.cast(x, "float32")
         if quantizer.rotation is not None:
-            x = rotations.hadamard(x, blocks.axes, _by_rows)
+            x = rotations.hadamard(x, blocks.axes, self._by_signs)
         view = blocks.view(tuple(x.shape))
         codes, line = quantizer.codes_and_line(x, view, blocks, self.given)
         codes = view.merge(codes)
@@ -322,6 +322,17 @@ class Lowering:
         if multiplier != 1:
             codes, line = codes * float(multiplier), line.for_multiplied_codes(multiplier)
         return _Codes(codes, Line(*(s if s is None else view.statistic(s) for s in line)), view)
+
+    def _by_signs(self, x: Any, matrix: Any) -> Any:
+        """`(..., n) x (n, n)` of the Hadamard matrix, as one FULLY_CONNECTED.
+
+        XNNPACK runs it; the sums and differences of the fast transform, one by one, it does not.
+        The file holds the signs once for each length, as INT8, which are unpacked on loading.
+        """
+        tf, length = require("tensorflow"), x.shape[-1]
+        codes, name = rotations.signs(length).astype(np.int8), f"{self.layer.path}/rotation"
+        signs = self.graph.constant(codes, np.ones(1, np.float32), None, 8, 0, name)
+        return tf.reshape(tf.matmul(tf.reshape(x, (-1, length)), signs, transpose_b=True), x.shape)
 
     # Float products on quantized operands.
 
@@ -380,16 +391,6 @@ class Lowering:
         ones = np.ones(1, np.float32)
         unpacked = self.graph.constant(codes, ones, None, bits, codes.ndim - 1, label)
         return view.merge(line(view.split(unpacked)))
-
-
-def _by_rows(x: Any, matrix: Any) -> Any:
-    """`(..., n) x (n, n)` of a symmetric matrix, as one FULLY_CONNECTED.
-
-    XNNPACK runs it; the sums and differences of the fast transform, one by one, it does not.
-    """
-    tf = require("tensorflow")
-    rows = tf.reshape(x, (-1, x.shape[-1]))
-    return tf.reshape(tf.matmul(rows, matrix, transpose_b=True), x.shape)
 
 
 def _whole(blocks: Blocks) -> Blocks:

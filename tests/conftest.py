@@ -56,7 +56,8 @@ def _turn(item: pytest.Item) -> int:
 def _suits(item: pytest.Item, backend: str) -> bool:
     if backend == "numpy":
         return item.get_closest_marker("forward") is not None
-    return backend == "tensorflow" or item.get_closest_marker("once") is None
+    once = item.get_closest_marker("once")
+    return once is None or backend == (once.args or ("tensorflow",))[0]
 
 
 @pytest.fixture(autouse=True)

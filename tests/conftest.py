@@ -56,7 +56,8 @@ def _turn(item: pytest.Item) -> int:
 def _suits(item: pytest.Item, backend: str) -> bool:
     if backend == "numpy":
         return item.get_closest_marker("forward") is not None
-    return backend == "tensorflow" or item.get_closest_marker("once") is None
+    once = item.get_closest_marker("once")
+    return once is None or backend == (once.args or ("tensorflow",))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -86,15 +87,14 @@ def initial_weights_of_numpy() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def optimizer_before_the_first_step(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def optimizer_before_the_first_step(request: pytest.FixtureRequest) -> Iterator[None]:
     """TensorFlow traces a step twice if the first trace makes the optimizer's variables.
 
     Keras builds optimizers ahead on JAX only. In test_compiled.py they are left to the step.
     """
     if keras.backend.backend() != "tensorflow" or request.path.name == "test_compiled.py":
+        yield
         return
     from keras.src.backend.tensorflow.trainer import TensorFlowTrainer
 
@@ -117,4 +117,6 @@ def optimizer_before_the_first_step(
 
         model.train_function = train
 
-    monkeypatch.setattr(TensorFlowTrainer, "make_train_function", make_train_function)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorFlowTrainer, "make_train_function", make_train_function)
+        yield

@@ -166,7 +166,7 @@ def test_gradients_are_those_of_the_folded_kernel():
     assert relative_error(value(norm.moving_mean), expected) < 1e-5
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_gamma_of_zero_can_leave_it():
     model = dense(4)
     layer, norm = model.layers
@@ -177,7 +177,7 @@ def test_a_gamma_of_zero_can_leave_it():
     assert np.all(value(norm.gamma) != 0) and np.all(np.isfinite(value(layer.kernel)))
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_integer_products_take_the_factor_out_again():
     x = np.random.normal(size=(5, 9)).astype("float32")
     outputs = []
@@ -191,7 +191,7 @@ def test_integer_products_take_the_factor_out_again():
     assert relative_error(*outputs) < 2e-6
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_learned_step_starts_from_the_folded_kernel():
     model = dense(LearnedStep(4))
     layer = model.layers[0]
@@ -260,7 +260,7 @@ REASONS = {
 }
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_every_normalization_is_folded_or_has_a_reason():
     model = network()
     rules = [rq.Rule("kept", skip=True)]
@@ -277,7 +277,7 @@ def _folds(layer: layers.Layer) -> bool:
     return getattr(getattr(layer, "quantization", None), "fold_batch_norm", False)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_layer_without_its_normalization_is_refused():
     model = dense(4)
     layer = type(model.layers[0]).from_config(model.layers[0].get_config())

@@ -120,7 +120,7 @@ def test_convolutions_are_named():
         rq.quantize(made, rq.QuantizationPolicy("A8W8", forward="int8"), verbose=False)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_it_is_saved_and_checked():
     policy = rq.QuantizationPolicy("A8W8", forward="int8")
     assert rq.QuantizationPolicy.from_config(policy.get_config()).forward == "int8"

@@ -126,7 +126,7 @@ def test_other_estimators_train_and_are_saved(name: str, policy: Any, tmp_path: 
     np.testing.assert_array_equal(member.predict(loaded), member.predict())
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_json_and_summary(journey: Journey):
     model = journey.member.model
     restored = keras.models.model_from_json(model.to_json())
@@ -138,7 +138,7 @@ def test_json_and_summary(journey: Journey):
     assert "Dense" in "".join(lines)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_clone(journey: Journey):
     model = journey.member.model
     if isinstance(model, keras.Sequential | keras.src.models.functional.Functional):
@@ -152,7 +152,7 @@ def test_clone(journey: Journey):
     )
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_quantization_has_an_effect_on_what_is_computed():
     member = nested()
     before = member.predict()
@@ -202,7 +202,7 @@ def test_lora(first: str, tmp_path: Path):
     assert_all_equal(loaded.optimizer.variables, member.model.optimizer.variables)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_frozen_layers_stay_as_they_are(tmp_path: Path):
     member = nested()
     member.model.quantize(A4W1, verbose=False)

@@ -160,7 +160,8 @@ def test_the_penalty_is_in_the_gradient_of_plain_gradient_descent():
         assert (np.abs(expected) > 2e-5).all()
 
 
-@pytest.mark.parametrize("schedule", [False, True])
+# TensorFlow traces eight steps for each: the others compare constant rates.
+@pytest.mark.parametrize("schedule", [True] + [False] * (BACKEND != "tensorflow"))
 def test_training_that_is_saved_goes_on_as_if_it_had_not_stopped(schedule: bool, tmp_path: Path):
     rate = keras.optimizers.schedules.CosineDecay(0.03, 4000) if schedule else 0.03
 

@@ -61,7 +61,7 @@ def made(name: str, policy: str) -> Member:
 
 
 def once(*case: str) -> Any:
-    return pytest.param(*case, marks=pytest.mark.once)
+    return pytest.param(*case, marks=pytest.mark.once("torch"))
 
 
 # What is the same on every backend, the bookkeeping of one more kind of layer, is tried on one.
@@ -210,7 +210,7 @@ def test_a_model_that_was_trained_gets_an_optimizer_for_the_new_variables(wrappe
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_model_without_new_variables_keeps_its_optimizer():
     member = nested()
     member.compile()
@@ -220,7 +220,7 @@ def test_a_model_without_new_variables_keeps_its_optimizer():
     assert member.model.optimizer is optimizer
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_frozen_layers_stay_as_they_are():
     member = made("nested", "learned")
     shared = member.model.get_layer("shared")
@@ -231,7 +231,7 @@ def test_frozen_layers_stay_as_they_are():
     assert_all_equal(shared.weights, before)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_failure_takes_the_variables_away_again(monkeypatch: Any):
     member = subclassed()
     model = member.model
@@ -259,7 +259,7 @@ def test_a_failure_takes_the_variables_away_again(monkeypatch: Any):
     model.quantize(POLICIES["learned"], verbose=False)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize(
     ("policy", "words"),
     [

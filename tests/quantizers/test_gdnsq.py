@@ -18,6 +18,7 @@ from learned import value_and_gradients
 import keras_rq as rq
 from keras_rq.numerics.blocks import Blocks
 from keras_rq.numerics.dither import random_halves
+from keras_rq.numerics.slopes import forward_only
 from keras_rq.quantizers import GDNSQ, gdnsq
 from keras_rq.quantizers.parameters import Observation
 
@@ -259,3 +260,18 @@ def test_config_round_trip():
     assert quantizer.replace(bits=2).noise == "none"
     policy = rq.QuantizationPolicy(weights=quantizer, activations=GDNSQ(8))
     assert rq.QuantizationPolicy.from_config(policy.get_config()).weights == quantizer
+
+
+def test_who_wants_no_gradient_gets_the_same_values_without_slopes(monkeypatch: pytest.MonkeyPatch):
+    x = np.random.default_rng(0).normal(size=(6, 8)).astype("float32")
+    expected = to_numpy(rq.ops.fake_quantize(x, GDNSQ(4)))
+
+    def slopes(*_: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(GDNSQ, "slopes", slopes)
+    with forward_only():
+        received = to_numpy(rq.ops.fake_quantize(x, GDNSQ(4)))
+    np.testing.assert_array_equal(received, expected)
+    with pytest.raises(NotImplementedError):
+        rq.ops.fake_quantize(x, GDNSQ(4))

@@ -59,7 +59,7 @@ def test_ranges_are_those_of_the_float_model():
         assert given == pytest.approx(found[f"{layer.name}/kernel"])
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_learned_step_starts_as_the_paper_says():
     model = make(LearnedStep(4))
     found = calibrate(model)
@@ -69,7 +69,7 @@ def test_a_learned_step_starts_as_the_paper_says():
     assert found["head/kernel"] == pytest.approx({"step": 2 * mean / np.sqrt(15), "shift": 8.0})
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_rule_of_the_quantizer_s_own_is_over_all_data():
     """One bit lays its range by the root mean square, around the mean."""
     found = calibrate(make(StraightThrough(1, calibration="static")))["first/kernel"]
@@ -78,7 +78,7 @@ def test_a_rule_of_the_quantizer_s_own_is_over_all_data():
     assert found["range_origin"] == pytest.approx(X.astype(float).mean() - reach, rel=1e-4)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_methods():
     low, high = X.min(axis=1).astype(float), X.max(axis=1).astype(float)  # batches of one
     smooth_low, smooth_high = low[0], high[0]
@@ -95,7 +95,7 @@ def test_methods():
         assert found["range_scale"] == pytest.approx((stop - start) / 15, rel=1e-5), method
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize("quantizer", [STATIC, Ridge(2, calibration="static"), LearnedStep(3)])
 def test_the_least_squared_error_is_found(quantizer: Any):
     x = np.random.default_rng(0).laplace(size=(500, 8)).astype("float32")
@@ -110,7 +110,7 @@ def test_the_least_squared_error_is_found(quantizer: Any):
     assert error("mse") < 0.8 * error("minmax")
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_layer_that_is_called_twice_sees_both_inputs():
     inputs, shared = keras.Input((8,)), layers.Dense(8, name="shared")
     model = keras.Model(inputs, shared(10 * shared(inputs)))
@@ -121,7 +121,7 @@ def test_a_layer_that_is_called_twice_sees_both_inputs():
     assert found["range_scale"] == pytest.approx((seen.max() - seen.min()) / 15, rel=1e-5)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_padding_counts_as_in_training():
     x = 1 + np.random.default_rng(0).random((4, 5, 5, 2)).astype("float32")
     model = keras.Sequential([keras.Input((5, 5, 2)), layers.Conv2D(3, 3, padding="same")])
@@ -131,7 +131,7 @@ def test_padding_counts_as_in_training():
     assert found["range_scale"] == pytest.approx(x.max() / 15)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_rotated_and_sparse_inputs_are_seen_as_they_are_quantized():
     linear = {"calibration": "static", "affine": False, "range": "absmax"}
     found = calibrate(make(StraightThrough(4, rotation="hadamard", **linear)))["first/kernel"]
@@ -143,14 +143,14 @@ def test_rotated_and_sparse_inputs_are_seen_as_they_are_quantized():
     assert found["scale"] == pytest.approx(kept.mean() / 1.01, rel=1e-5)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_large_inputs_are_sampled_evenly():
     x = np.concatenate([np.zeros((100, 8)), np.ones((300, 8))]).repeat(64, axis=0)
     found = calibrate(make(LearnedStep(4)), x, batch_size=1000)["first/kernel"]
     assert found["step"] == pytest.approx(0.75 * 2 / np.sqrt(15), rel=0.02)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_calibrating_again_starts_anew():
     model = make()
     calibrate(model, 10 * X)
@@ -221,7 +221,7 @@ def test_every_kind_of_data(kind: str):
         assert found[key] == pytest.approx(given, rel=1e-6)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize("kind", ["array", "generator", "PyDataset", "tf.data"])
 def test_as_many_batches_as_asked_for(kind: str):
     data = X[:20] if kind == "array" else KINDS[kind]()
@@ -231,7 +231,7 @@ def test_as_many_batches_as_asked_for(kind: str):
     assert found == calibrate(make(), X[:20])
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize("structure", ["list", "tuple", "dict"])
 def test_models_with_several_inputs(structure: str):
     inputs = {"a": keras.Input((8,), name="a"), "b": keras.Input((8,), name="b")}
@@ -243,7 +243,7 @@ def test_models_with_several_inputs(structure: str):
     assert found["of_b/kernel"]["scale"] == pytest.approx(2 * found["of_a/kernel"]["scale"])
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_progress_bar_unless_it_is_not_wanted(capsys: Any):
     rq.calibrate(make(), X, batch_size=10)
     assert "4/4" in capsys.readouterr().out
@@ -279,7 +279,7 @@ def test_symbolic_calls_need_no_range():
     assert model.compute_output_spec(keras.KerasTensor((3, 8))).shape == (3, 2)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize("is_calibrated", [False, True])
 def test_a_file_says_whether_the_model_was_calibrated(is_calibrated: bool, tmp_path: Path):
     model = make()
@@ -312,7 +312,7 @@ class Partial(keras.Model):
         return self.used(x)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize(
     ("data", "arguments", "error", "words"),
     [
@@ -334,7 +334,7 @@ def test_wrong_arguments(data: Any, arguments: Any, error: type[Exception], word
     assert not any(hasattr(layer, "_rq_lowered") for layer in model.layers)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize("policy", [None, rq.QuantizationPolicy("A4W4")])
 def test_nothing_to_calibrate(policy: Any):
     model = keras.Sequential([keras.Input((8,)), layers.Dense(4)], name="net")
@@ -346,7 +346,7 @@ def test_nothing_to_calibrate(policy: Any):
         calibrate("model")
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_layer_that_the_data_does_not_reach_is_named():
     model = Partial()
     model.build((None, 8))

@@ -105,7 +105,7 @@ def test_baked_kernels_are_the_quantized_ones(weights: Any):
     np.testing.assert_array_equal(other.predict(X, verbose=0), model.predict(X, verbose=0))
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_baked_tables_and_convolutions():
     inputs = keras.Input((6,), dtype="int32")
     x = layers.Embedding(9, 8)(inputs)
@@ -118,7 +118,7 @@ def test_baked_tables_and_convolutions():
     assert relative_error(model.predict(tokens, verbose=0), expected) < 1e-5
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_baked_with_lora():
     model = keras.Sequential([keras.Input((5, 8)), layers.Dense(4, name="d")])
     layer = model.get_layer("d")
@@ -131,7 +131,7 @@ def test_baked_with_lora():
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(layer.lora_kernel_b), adapter)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_variables_of_quantizers_go_with_them():
     model = keras.Sequential([keras.Input((8,)), layers.Dense(8), layers.Dense(2)])
     count, learned = len(model.variables), rq.quantizers.LearnedStep(4)
@@ -173,7 +173,7 @@ def test_files_need_keras_rq_no_more(tmp_path: Path):
     np.testing.assert_allclose(np.load(paths[2]), model.predict(X, verbose=0), rtol=1e-6)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_layers_made_quantized():
     quantization = rq.policy.LayerQuantization(Ridge(4), None)
     model = keras.Sequential(
@@ -183,7 +183,7 @@ def test_layers_made_quantized():
     assert type(model.layers[0]) is layers.Dense
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_what_is_refused():
     with pytest.raises(TypeError, match="Received: 'model'"):
         rq.dequantize("model")
@@ -200,7 +200,7 @@ def summary(model: keras.Model, **arguments: Any) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_summaries_show_what_is_quantized(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "130")
     model = make()
@@ -219,7 +219,7 @@ def test_summaries_show_what_is_quantized(monkeypatch: pytest.MonkeyPatch):
     assert summary(model, expand_nested=True) == before
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_the_count_is_a_number():
     layer = layers.Dense(4)
     layer.build((None, 8))

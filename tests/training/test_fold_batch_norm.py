@@ -63,7 +63,7 @@ def test_what_is_trained_is_saved_and_goes_on(tmp_path: Path):
         np.testing.assert_array_equal(received, kernel)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_the_variables_are_those_of_the_float_model(tmp_path: Path):
     model = make()
     model.get_layer("outer").moving_variance.assign(np.linspace(0.2, 4.0, 8))
@@ -83,7 +83,7 @@ def test_the_variables_are_those_of_the_float_model(tmp_path: Path):
     assert not folding(model)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_baked_kernels_compute_the_same():
     model = make()
     model.get_layer("outer").moving_variance.assign(np.linspace(0.2, 4.0, 8))
@@ -94,7 +94,7 @@ def test_baked_kernels_compute_the_same():
     assert relative_error(to_numpy(model(X)), expected) < 1e-5
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize("spec", ["W3-channel", "W1-4", "W3-tensor"])
 def test_only_statistics_of_the_whole_kernel_show_it(spec: str):
     outputs = []
@@ -107,7 +107,7 @@ def test_only_statistics_of_the_whole_kernel_show_it(spec: str):
     assert (relative_error(*outputs) < 1e-5) == (spec != "W3-tensor")
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_policy_that_folds_nothing_says_so():
     model = keras.Sequential([keras.Input((8,)), layers.Dense(4, "relu", name="d")])
     model.add(layers.BatchNormalization(name="n"))
@@ -117,7 +117,7 @@ def test_a_policy_that_folds_nothing_says_so():
     assert "not folded" in str(report) and not report.folded
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_schedules_leave_it_as_it_is():
     model = make()
     model.quantize(POLICY, verbose=False)

@@ -70,7 +70,7 @@ def test_the_divergence_of_equal_or_extreme_logits():
     np.testing.assert_allclose(float(jeffreys(logits, -logits)), 4e4)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_round_trips():
     found = keras.saving.deserialize_keras_object(
         keras.saving.serialize_keras_object(rq.distillation.Jeffreys())
@@ -84,7 +84,7 @@ def test_round_trips():
         assert float(again(step)) == float(schedule(step))
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize(
     ("fields", "word"),
     [

@@ -195,7 +195,7 @@ def test_a_second_fit_starts_over():
         assert bits(model) == [(4, 8), (4, 8)]
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_sparsity_and_penalty():
     model = make(rq.QuantizationPolicy(weights=Ridge(4), activations=QuEST(4)))
     callbacks = [GradualSparsity({0: None, 1: "2:4", 2: "1:4"}), RidgeLambda({0: 1.0, 2: 0.5})]
@@ -208,7 +208,7 @@ def test_sparsity_and_penalty():
     assert {layer.quantization.activations for layer in quantized_layers(model)} == {QuEST(4)}
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize("match", ["first", lambda layer: layer.units == 8])
 def test_layers_that_do_not_match_stay_as_they_are(match: Any):
     model = make(rq.QuantizationPolicy("A8W8"))
@@ -216,14 +216,14 @@ def test_layers_that_do_not_match_stay_as_they_are(match: Any):
     assert bits(model) == [(2, 8), (8, 8)]
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_what_quantize_left_in_float_stays_in_float():
     model = make(rq.QuantizationPolicy("A8W8", rules=[rq.Rule("head", skip=True)]))
     fit(model, 1, callbacks=[QuantizationSchedule({0: "A4W4"})])
     assert bits(model) == [(4, 4)] and not isinstance(model.layers[-1], rq.layers.QuantizedLayer)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_a_layer_that_cannot_share_a_rotation_gets_none():
     model = keras.Sequential(
         [keras.Input((4, 4)), layers.DepthwiseConv1D(3), layers.Flatten(), layers.Dense(2)]
@@ -246,7 +246,7 @@ def test_a_layer_that_cannot_share_a_rotation_gets_none():
     ]
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 def test_nothing_is_compiled_anew_where_nothing_changes():
     model = make("A8W8")
     functions = []
@@ -259,7 +259,7 @@ def test_nothing_is_compiled_anew_where_nothing_changes():
     assert len(set(map(id, functions[: 2 * STEPS]))) == 1 and len(set(map(id, functions))) == 2
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize(
     ("make_schedule", "error", "words"),
     [
@@ -284,7 +284,7 @@ def test_errors_name_argument_value_and_choices(make_schedule: Any, error: type,
         assert word in str(raised.value)
 
 
-@pytest.mark.once
+@pytest.mark.once("torch")
 @pytest.mark.parametrize(
     ("policy", "schedule", "words"),
     [

@@ -15,8 +15,14 @@ TITLE = "nanoGPT, characters of Shakespeare"
 EVERYWHERE = ("recommended", "quest")
 
 
-def tables(rows: Sequence[Row], plans: Plans) -> str:
-    """All tables that there are rows for, as Markdown."""
+def tables(rows: Sequence[Row], plans: Plans, with_others: bool = True) -> str:
+    """All tables that there are rows for, as Markdown.
+
+    Args:
+        rows: of the results.
+        plans: which runs they consist of.
+        with_others: list the runs that belong to none of them, too.
+    """
     sections = {
         f"Accuracy (loss) after {plans.short:,} steps, rate {RATES[0]:g}": first(rows, plans),
         "One-bit and sparse weights": sparse(rows, plans),
@@ -27,8 +33,9 @@ def tables(rows: Sequence[Row], plans: Plans) -> str:
         ),
         f"{plans.long:,} steps, each at its better rate": deciding(rows, plans),
         **{f"A1W1, `{name}` of `Ridge`": knob(rows, plans, name) for name in KNOBS},
-        "Other runs": accuracy.others(rows, planned(rows, plans)),
     }
+    if with_others:
+        sections["Other runs"] = accuracy.others(rows, planned(rows, plans))
     return "\n\n".join(f"### {name}\n\n{text}" for name, text in sections.items() if text)
 
 

@@ -68,8 +68,9 @@ def dequantize(model: keras.layers.Layer, *, baked: bool = False) -> keras.layer
     Args:
         model: a model (or layer) that `keras_rq.quantize` quantized.
         baked: replace every kernel by its quantized value, so that a model of quantized weights
-            and float activations goes on computing what it computed. Otherwise kernels stay the
-            float ones that were trained.
+            and float activations goes on computing what it computed. A kernel that was rotated is
+            rotated back, and has no few levels or zeros then. Otherwise kernels stay the float
+            ones that were trained.
 
     Returns:
         The model.

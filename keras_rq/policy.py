@@ -198,8 +198,9 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             `keras_rq.presets` has others.
         weights: quantizer of kernels, or a bit width; replaces what `spec` says.
         activations: quantizer of layer inputs, or a bit width; replaces what `spec` says. None
-            leaves what `spec` says; for weights alone write "W4". Where one operand is replaced by
-            a quantizer that does not rotate, here or in a rule, what is left of the other does not.
+            leaves what `spec` says; for weights alone write "W4". A rotation that both operands
+            have ends where one of them is replaced by something that is not rotated, here or in a
+            rule.
         matmuls: quantizer of the products of two activations, or a bit width; both operands get it.
             In MultiHeadAttention and GroupedQueryAttention those are queries and keys, along the
             head, and probabilities and values, along the keys: the number of keys may be unknown,
@@ -248,10 +249,12 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
     ) -> None:
         self.forward = _check_forward(forward)
         self.fold_batch_norm = _check_fold(fold_batch_norm)
-        of_weights, of_activations = (None, None) if spec is None else shorthand.read(spec)
         weights, activations = quantizers.get(weights), quantizers.get(activations)
-        self.weights = _beside(activations, of_weights) if weights is None else weights
-        self.activations = _beside(weights, of_activations) if activations is None else activations
+        if spec is not None:
+            said = shorthand.read(spec, beside=(weights, activations))
+            weights = said[0] if weights is None else weights
+            activations = said[1] if activations is None else activations
+        self.weights, self.activations = weights, activations
         self.matmuls = _check_matmuls(matmuls)
         super().__init__(self.weights, self.activations)
         self.rules = tuple(rules)
@@ -287,11 +290,10 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             return LayerQuantization(*operands, matmuls=self.matmuls, **others)
         if rule.skip:
             return LayerQuantization(None, None)
+        operands = self.weights, self.activations
         return LayerQuantization(
-            _beside(rule.activations, self.weights) if rule.weights is ... else rule.weights,
-            _beside(rule.weights, self.activations)
-            if rule.activations is ...
-            else rule.activations,
+            _with_rule(*operands, rule.weights, rule.activations),
+            _with_rule(*operands[::-1], rule.activations, rule.weights),
             matmuls=self.matmuls if rule.matmuls is ... else rule.matmuls,
             **others,
         )
@@ -336,15 +338,18 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         )
 
 
-def _beside(replaced: Any, left_open: Quantizer | None) -> Quantizer | None:
-    """The operand that a rule or an argument leaves open, beside the other one, which it may set.
+def _with_rule(own: Any, other: Any, rule_for_own: Any, rule_for_other: Any) -> Quantizer | None:
+    """One operand of a policy as a rule has it, given both of either.
 
-    It is rotated only along with the other: alone, it would be rotated back before the product.
+    A rotation that the operands share ends where the rule replaces the other one by something that
+    is not rotated: one operand alone would be rotated back before the product.
     """
-    is_alone = isinstance(replaced, Quantizer) and replaced.rotation is None
-    if is_alone and left_open is not None and left_open.rotation is not None:
-        return left_open.replace(rotation=None)
-    return left_open
+    if rule_for_own is not ...:
+        return rule_for_own
+    if rule_for_other is ... or own is None or other is None or own.rotation is None:
+        return own
+    stays = rule_for_other is not None and rule_for_other.rotation == own.rotation
+    return own if stays or other.rotation != own.rotation else own.replace(rotation=None)
 
 
 def _check_match(match: Any) -> Any:

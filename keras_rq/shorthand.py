@@ -48,8 +48,9 @@ Recipe = Callable[[Wanted], Quantizer]
 # Up to two bits, gradients fade with the distance from the outermost threshold. Widths by bits that
 # were best of four or five in `benchmarks/nanogpt.py`, after 2,000 steps.
 _FADES = {1: 1.6, 1.5: 1.0, 2: 1.3}
-# Fields by the bits of both operands. Rotations were worth 0.03 of accuracy there after 5,000 steps
-# where both have one bit, and nothing, or less than they cost, at A4W1, A1.5W1.5 and A2W2.
+# Fields by the bits of both operands. With one bit each, rotations were worth 0.03 of accuracy
+# after 5,000 steps at the rate 0.004 (0.002 after 2,000 at 0.001). At A4W1, A1.5W1.5 and A2W2, in
+# one run each of 2,000 steps at 0.001, they were worth 0.001, -0.005 and -0.007.
 _OF_BOTH = {(1, 1): {"fade": 1.2, "rotation": "hadamard"}}
 
 
@@ -66,8 +67,19 @@ def is_shorthand(text: str) -> bool:
     return _SHORTHAND.fullmatch(text) is not None
 
 
-def read(spec: Any, recipe: Recipe = default) -> tuple[Quantizer, Quantizer | None]:
+def read(
+    spec: Any,
+    recipe: Recipe = default,
+    *,
+    beside: tuple[Quantizer | None, Quantizer | None] = (None, None),
+) -> tuple[Quantizer, Quantizer | None]:
     """The quantizers of weights and of activations; None where the shorthand has no activations.
+
+    Args:
+        spec: the shorthand.
+        recipe: makes quantizers of what it says.
+        beside: what takes the place of weights and of activations: the other operand is made to
+            suit its bits, and is not rotated alone.
 
     Raises:
         ValueError: quotes what was received and says what is accepted.
@@ -81,12 +93,22 @@ def read(spec: Any, recipe: Recipe = default) -> tuple[Quantizer, Quantizer | No
         pattern = check_sparsity(match["sparsity"])
         of_weights = _bits(match["weights"])
         of_input = match["activations"] and _bits(match["activations"])
-        weights = recipe(Wanted(of_weights, of_input, True, size, pattern))
+        bits = [
+            said if given is None else given.bits
+            for said, given in zip((of_weights, of_input), beside, strict=True)
+        ]
+        weights = _along(recipe(Wanted(of_weights, bits[1], True, size, pattern)), beside[1])
         if of_input is None:
             return weights, None
-        return weights, recipe(Wanted(of_input, of_weights, False, size, None))
+        return weights, _along(recipe(Wanted(of_input, bits[0], False, size, None)), beside[0])
     except ValueError as error:
         raise ValueError(f"In the shorthand {spec!r}: {error}") from None
+
+
+def _along(made: Quantizer, other: Quantizer | None) -> Quantizer:
+    """What is made, without a rotation that the given other operand does not have."""
+    is_alone = other is not None and other.rotation != made.rotation
+    return made.replace(rotation=None) if is_alone else made
 
 
 def _bits(text: str) -> Bits:

@@ -57,7 +57,12 @@ def _suits(item: pytest.Item, backend: str) -> bool:
     if backend == "numpy":
         return item.get_closest_marker("forward") is not None
     once = item.get_closest_marker("once")
-    return once is None or backend == (once.args or ("tensorflow",))[0]
+    if once is None:
+        return True
+    (chosen,) = once.args or ("tensorflow",)
+    if chosen not in ("tensorflow", "jax", "torch"):
+        raise pytest.UsageError(f"{item.nodeid}: once({chosen!r}) names no backend.")
+    return backend == chosen
 
 
 @pytest.fixture(autouse=True)

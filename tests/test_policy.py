@@ -125,7 +125,11 @@ def test_arguments_replace_what_the_shorthand_says():
 
 def test_what_is_left_of_a_rotated_pair_is_not_rotated():
     policy = rq.QuantizationPolicy("A1W1", activations=8)
-    assert (policy.weights, policy.activations) == (Ridge(1, fade=1.2), Ridge(8))
+    assert (policy.weights, policy.activations) == (Ridge(1, fade=1.6), Ridge(8))
+    policy = rq.QuantizationPolicy("A4W1", activations=1)  # one bit each, but not rotated
+    assert (policy.weights, policy.activations) == (Ridge(1, fade=1.2), Ridge(1))
+    policy = rq.QuantizationPolicy("A1W1", weights=QuEST(4))
+    assert (policy.weights, policy.activations) == (QuEST(4), Ridge(1, fade=1.6))
     rules = [
         rq.Rule("a", weights=8),
         rq.Rule("b", activations=8),
@@ -139,10 +143,13 @@ def test_what_is_left_of_a_rotated_pair_is_not_rotated():
         (Ridge(8), Ridge(1, fade=1.2)),
         (Ridge(1, fade=1.2), Ridge(8)),
         (ROTATED(), QuEST(4)),
-        (ROTATED(), None),
+        (Ridge(1, fade=1.2), None),
         (ROTATED(), ROTATED()),
         (ROTATED(), ROTATED()),
     ]
+    policy = rq.QuantizationPolicy(weights=QuEST(4), rules=[rq.Rule("a", activations=8)])
+    found = policy.resolve(model_of("a").layers[0])
+    assert (found.weights, found.activations) == (QuEST(4), Ridge(8))  # alone from the start
 
 
 # Wrong arguments.

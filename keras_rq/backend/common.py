@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -39,8 +39,8 @@ def as_it_is_now(value: Any) -> Any:
     return value
 
 
-def forget_traces() -> None:
-    """Has functions traced again that were compiled before; new ones are traced anyway."""
+def forget_traces(owners: Iterable[Any]) -> None:
+    """Has functions traced again that were compiled before: all, or those that `owners` hold."""
 
 
 def unpadded(

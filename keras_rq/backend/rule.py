@@ -18,8 +18,9 @@ class GradientRule(Protocol):
             tile by tile.
         split_is_reshape: whether `split` keeps all elements in their order.
         turn: None; or a length, a power of two: `enter` is the Hadamard rotation of every so many
-            neighbours along the middle axis of `tiling`, the innermost one, whose blocks they fill;
-            `leave_back` is too, and `leave` and `enter_back` change nothing.
+            neighbours along the middle axis of what `inside` has for `tiling`, which is the
+            innermost, and they fill its blocks; `leave_back` is too, and `leave` and `enter_back`
+            change nothing.
         in_parts: the same rule, its passes arranged for XLA's CPU backend.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -11,7 +11,6 @@ from keras_rq.backend.common import as_it_is_now as as_it_is_now
 from keras_rq.backend.common import call_in_graph as call_in_graph
 from keras_rq.backend.common import compiled as compiled
 from keras_rq.backend.common import eagerly as eagerly
-from keras_rq.backend.common import forget_traces as forget_traces
 from keras_rq.backend.common import make_known as make_known
 from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule
@@ -61,6 +60,21 @@ def product_with_gradient(
         return product(y, tf.stop_gradient(kernel)), backward
 
     return apply(tf.convert_to_tensor(x), tf.convert_to_tensor(kernel))
+
+
+def forget_traces(owners: Iterable[Any]) -> None:
+    """Has functions traced again that `owners` decorated with `tf.function`.
+
+    Their graphs are kept by object, and show nothing of what became of its layers since.
+    """
+    kind = tf.types.experimental.PolymorphicFunction
+    for owner in owners:
+        for name, function in list(vars(owner).items()):
+            if isinstance(function, kind):
+                setattr(owner, name, function._clone(None))
+        for method in (value for cls in type(owner).__mro__ for value in vars(cls).values()):
+            if isinstance(method, kind):
+                method._descriptor_cache.pop(owner, None)
 
 
 def where_traced() -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ def make_known(owner: Any) -> None:
     _OWNERS[number] = owner
 
 
-def forget_traces() -> None:
-    """Has functions traced again that were compiled before.
+def forget_traces(owners: Iterable[Any]) -> None:
+    """Has functions traced again that were compiled before; see `keras_rq.backend.common`.
 
     The compiler keeps graphs by the code of a function, which all models share, and looks at no
     quantizer before it runs one again.

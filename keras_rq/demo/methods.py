@@ -20,7 +20,7 @@ def ridge_policy(setting: str) -> rq.QuantizationPolicy:
 
 
 def straight_through_policy(setting: str) -> rq.QuantizationPolicy:
-    """The straight-through estimator on the same grids and blocks."""
+    """The straight-through estimator on the same grids and blocks, nothing rotated."""
     activation_bits, weight_bits = map(int, re.fullmatch(r"A(\d)W(\d)", setting).groups())
     return rq.QuantizationPolicy(
         weights=rq.quantizers.StraightThrough(weight_bits),

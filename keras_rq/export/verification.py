@@ -31,7 +31,7 @@ from keras import ops
 from keras_rq.export import folding, signatures
 from keras_rq.layers.base import QuantizedLayer, all_lowered_by
 from keras_rq.layers.sharing import calls_as_one, in_loop
-from keras_rq.numerics.slopes import forward_only
+from keras_rq.quantizers.parametric import forward_only
 
 # What float32 dot products of a few hundred terms are uncertain by, relative to the largest value.
 _LAST_BITS = 2.0**-21

@@ -68,7 +68,8 @@ class Quantizer:
             that are both rotated have the same product. Where they do not (depthwise convolutions,
             some grouped ones, tables whose rows are looked up), `keras_rq.quantize` drops the
             rotation of both. If one operand alone is rotated, it is rotated back before
-            the product, which an exported file then computes in float.
+            the product, which an exported file then computes in float. Codes, levels and zeros
+            are those of the rotated tensor: rotated back, it has other values and hardly a zero.
         trust: None, or a factor >= 0: gradients stop at elements that lie farther outside the grid
             than this many half steps (QuEST, arXiv 2502.05003). 0 stops them at the edge. What is
             pruned lies inside as a rule, and keeps its gradient.

@@ -6,19 +6,44 @@ every parameter, given the codes (`Quantizer.slopes`). Automatic differentiation
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from keras import ops
+from keras.src.backend.common import global_state
 
+from keras_rq import backend
 from keras_rq.numerics.blocks import Blocks, BlockView
 from keras_rq.numerics.dequantizers import Line
-from keras_rq.numerics.slopes import is_forward_only, with_slopes
+from keras_rq.numerics.slopes import with_slopes
 
 if TYPE_CHECKING:
     from keras_rq.quantizers.base import Quantizer
 
 Parameters = Mapping[str, Any]
+
+_FORWARD_ONLY = "keras_rq_forward_only"
+
+
+@contextmanager
+def forward_only() -> Iterator[None]:
+    """A scope whose caller asks for no gradients: values are the same, and slopes are not made.
+
+    For operations that run one by one, most of whose time slopes take. What is compiled within is
+    compiled with its gradient, since it may be called again outside.
+    """
+    before = global_state.get_global_attribute(_FORWARD_ONLY)
+    global_state.set_global_attribute(_FORWARD_ONLY, backend.where_traced())
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(_FORWARD_ONLY, before)
+
+
+def _is_forward_only() -> bool:
+    where = global_state.get_global_attribute(_FORWARD_ONLY)
+    return where is not None and where == backend.where_traced()
 
 
 def fake_quantize(
@@ -33,7 +58,7 @@ def fake_quantize(
     made = line(codes)
     kept = _kept(quantizer, x, view, blocks)
     made = made if kept is None else made * kept
-    if is_forward_only():
+    if _is_forward_only():
         return view.merge(made)
     to_values, to_parameters = quantizer.slopes(data, codes, view, fixed)
     if kept is not None:

@@ -37,7 +37,8 @@ class QuantizationSchedule(keras.callbacks.Callback):
         stages: by the epoch or step (from 0) at which they begin. A `QuantizationPolicy` or its
             shorthand; None for float; or fields by operand, such as
             `{"weights": {"bits": 4}, "activations": {"bits": 8}}`. Fields go to the quantizers that
-            have them, and an operand in float stays in float.
+            have them, and an operand in float stays in float. What a shorthand has for few bits
+            (fading gradients, rotations) comes with the shorthand, and not with fewer bits alone.
         match: the layers to change, as in `Rule`: a regular expression, a layer class or a
             callable. None: all quantized layers.
         unit: "epoch", or "step" for steps of the optimizer, counted from its first.

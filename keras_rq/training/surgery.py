@@ -189,7 +189,8 @@ def suited(layer: keras.layers.Layer, quantization: LayerQuantization) -> LayerQ
         return LayerQuantization(None, None, matmuls=quantization.matmuls)
     quantization = replace(quantization, matmuls=None, fold_batch_norm=False)
     weights, activations = quantization.weights, quantization.activations
-    if weights is None or activations is None or weights.rotation != activations.rotation:
+    rotations = {None if one is None else one.rotation for one in (weights, activations)}
+    if len(rotations) > 1 or None in rotations:
         return quantization
     products = products_of(layer).items()
     if all(product.shares_rotation(getattr(layer, name).shape) for name, product in products):
@@ -350,13 +351,14 @@ def change(model: keras.layers.Layer, quantizations: Iterable[LayerQuantization]
 
 
 def forget_compiled_functions(model: keras.layers.Layer) -> None:
-    """Makes a model, and the models inside it, trace their step functions again."""
-    for layer in model._flatten_layers():
+    """Makes a model, and all within it, trace again what was compiled."""
+    layers = model._flatten_layers()
+    for layer in layers:
         if isinstance(layer, keras.Model):
             layer.train_function = layer.test_function = layer.predict_function = None
         if hasattr(layer, "generate_function"):  # where KerasHub's tasks keep theirs
             layer.generate_function = None
-    backend.forget_traces()
+    backend.forget_traces(layers)
 
 
 def quantized_layers(model: keras.layers.Layer) -> list[QuantizedLayer]:

@@ -18,9 +18,9 @@ from learned import value_and_gradients
 import keras_rq as rq
 from keras_rq.numerics.blocks import Blocks
 from keras_rq.numerics.dither import random_halves
-from keras_rq.numerics.slopes import forward_only
 from keras_rq.quantizers import GDNSQ, gdnsq
 from keras_rq.quantizers.parameters import Observation
+from keras_rq.quantizers.parametric import forward_only
 
 RECORD = json.loads((Path(__file__).parent / "fixtures" / "gdnsq.json").read_text())
 NOISES = {"STE": "dithered", "LSQ": "residual"}

@@ -11,7 +11,7 @@ from keras import layers, ops
 
 import keras_rq as rq
 from keras_rq.layers import QuantizedLayer
-from keras_rq.quantizers import Ridge
+from keras_rq.quantizers import Ridge, StraightThrough
 from keras_rq.training import containers, surgery
 
 pytestmark = pytest.mark.once
@@ -287,6 +287,56 @@ def test_a_rotation_of_weights_alone_is_kept(name: str, activations: Any):
     policy = rq.QuantizationPolicy(weights=weights, activations=activations)
     make = ROTATED.get(name) or NOT_ROTATED[name]
     assert rotations(make, policy) == {("hadamard", None)}
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow only")
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_graphs_of_a_layer_that_traces_itself_are_made_anew(name: str):
+    import tensorflow as tf
+
+    class Traced(layers.Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = layers.Dense(6, name="first"), layers.Dense(4, name="second")
+            self.run = tf.function(lambda x: self.first(x))
+
+        def build(self, shape: Any) -> None:
+            self.first.build(shape)
+            self.second.build((*shape[:-1], 6))
+
+        @tf.function
+        def decorated(self, x: Any) -> Any:
+            return self.second(x)
+
+        def call(self, x: Any) -> Any:
+            return self.decorated(self.run(x))
+
+    x = np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
+    model = keras.Sequential([keras.Input((8,)), Traced()])
+    before = model(x).numpy(), model.predict(x, verbose=0)
+    rq.quantize(model, rq.QuantizationPolicy("A2W2"), filters=name, verbose=False)
+    for was, now in zip(before, (model(x).numpy(), model.predict(x, verbose=0)), strict=True):
+        assert np.abs(now - was).max() > 0.01
+    rq.dequantize(model)
+    np.testing.assert_array_equal(model(x).numpy(), before[0])
+
+
+@keras.saving.register_keras_serializable("test_surgery")
+class Own(StraightThrough):
+    """An estimator that has one field and knows of no rotation."""
+
+    def __init__(self, bits: Any) -> None:
+        super().__init__(bits)
+
+    def get_config(self) -> dict[str, Any]:
+        return {"bits": self.bits}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", [*ROTATED, *NOT_ROTATED])
+def test_estimators_without_rotation_quantize_every_layer(name: str):
+    policy = rq.QuantizationPolicy(weights=Own(4), activations=Own(4))
+    assert rotations(ROTATED.get(name) or NOT_ROTATED[name], policy) == {(None, None)}
 
 
 class Weighted(layers.Layer):

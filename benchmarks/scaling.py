@@ -16,7 +16,7 @@ from typing import Any
 
 import train_step
 
-SETTINGS = ("A8W8-channel", "A4W4-128", "A1W1-128")
+SETTINGS = ("A8W8-channel", "A4W4-128", "A1W1-128 unrotated", "A1W1-128")
 # By device: the widths, the tokens they have, the numbers of tokens, and the width those have.
 SIZES: dict[str, tuple[tuple[int, ...], int, tuple[int, ...], int]] = {
     "gpu": (

@@ -119,16 +119,12 @@ def _long(rows: Sequence[Row], plans: Plans, place: nanogpt.Place) -> list[Row]:
 
 def trials(rows: Sequence[Row], plans: Plans) -> str | None:
     """The long runs by which rates were chosen."""
-    lines = {
-        f"{place['method']} {place['setting']}".replace("float float", "float"): {
-            f"{run['lr']:g}": run
-            for run in sorted(plans.trials(rows, place), key=lambda run: run["lr"])
-        }
-        for place in nanogpt.DECIDING_PLACES
-    }
-    columns = dict.fromkeys(f"{lr:g}" for lr in RATES)
-    known = {name: {c: of[c] for c in columns if c in of} for name, of in lines.items()}
-    return accuracy.grid(rows, "method", known)
+    lines = {}
+    for place in nanogpt.DECIDING_PLACES:
+        name = "float" if place is FLOAT else f"{place['method']} {place['setting']}"
+        by_rate = {run["lr"]: run for run in plans.trials(rows, place)}
+        lines[name] = {f"{lr:g}": by_rate[lr] for lr in RATES if lr in by_rate}
+    return accuracy.grid(rows, "method", lines)
 
 
 def knob(rows: Sequence[Row], plans: Plans, name: str) -> str | None:

@@ -195,8 +195,8 @@ def suited(layer: keras.layers.Layer, quantization: LayerQuantization) -> LayerQ
     products = products_of(layer).items()
     if all(product.shares_rotation(getattr(layer, name).shape) for name, product in products):
         return quantization
-    unrotated = {"weights": weights.replace(rotation=None)}
-    return replace(quantization, **unrotated, activations=activations.replace(rotation=None))
+    weights, activations = (one.replace(rotation=None) for one in (weights, activations))
+    return replace(quantization, weights=weights, activations=activations)
 
 
 def containers_around(model: keras.layers.Layer) -> dict[int, list[keras.layers.Layer]]:

@@ -289,7 +289,6 @@ def test_a_rotation_of_weights_alone_is_kept(name: str, activations: Any):
     assert rotations(make, policy) == {("hadamard", None)}
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow only")
 @pytest.mark.parametrize("name", ["first", "second"])
 def test_graphs_of_a_layer_that_traces_itself_are_made_anew(name: str):
     import tensorflow as tf
@@ -332,7 +331,6 @@ class Own(StraightThrough):
         return {"bits": self.bits}
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("name", [*ROTATED, *NOT_ROTATED])
 def test_estimators_without_rotation_quantize_every_layer(name: str):
     policy = rq.QuantizationPolicy(weights=Own(4), activations=Own(4))

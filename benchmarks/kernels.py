@@ -38,6 +38,7 @@ QUANTIZERS = {
     "8 bits, channel": rq.quantizers.Ridge(8, block_size="channel"),
     "4 bits, 128": rq.quantizers.Ridge(4),
     "1 bit, 128": rq.quantizers.Ridge(1),
+    "1 bit, 128, rotated": rq.quantizers.Ridge(1, rotation="hadamard", fade=1.2),
 }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,14 +35,14 @@ class Method:
     """How a float model is quantized and made ready for `fit`.
 
     Attributes:
-        quantizer: the method's own, from the one that a setting's shorthand gives an operand, and
-            the operand's name.
+        quantizer: the method's own, from the one that a setting's shorthand gives an operand, the
+            operand's name, and how far the optimizer can move a parameter (see `policy`).
         calibrates: whether its variables start from data, by `rq.calibrate`.
         callbacks: makes what `fit` has to call, for that many warm-up steps.
         distils: whether its authors train it on the logits of the float model.
     """
 
-    quantizer: Callable[[Any, str], Any]
+    quantizer: Callable[[Any, str, float], Any]
     calibrates: bool = False
     callbacks: Callable[[int], list[keras.callbacks.Callback]] = lambda warmup: []
     distils: bool = False
@@ -62,22 +63,28 @@ def estimator(name: str) -> type:
     return found
 
 
-def _estimator(name: str) -> Callable[[Any, str], Any]:
+def _estimator(name: str) -> Callable[[Any, str, float], Any]:
     """An estimator as its class has it by default, at a setting's bits and sparsity."""
-    return lambda base, operand: estimator(name)(base.bits, **_sparsity(base))
+    return lambda base, operand, reach: estimator(name)(base.bits, **_sparsity(base))
 
 
-def _bitnet(base: Any, operand: str) -> Any:
+def _gdnsq(base: Any, operand: str, reach: float) -> Any:
+    """From ten bits, or from what a short run can shed at a quarter of the optimizer's pace."""
+    target = estimator("GDNSQ")(base.bits).target
+    return estimator("GDNSQ")(base.bits, start_bits=min(10.0, target + reach / 4))
+
+
+def _bitnet(base: Any, operand: str, reach: float) -> Any:
     """The papers' weights; activations of few bits, which they leave open, have a mean a token."""
     own = {"centered": False, "block_size": "channel"} if operand == "activations" else {}
     return estimator("BitNet")(base.bits, **own, **_sparsity(base))
 
 
-def _ridge_linear(base: Any, operand: str) -> Any:
+def _ridge_linear(base: Any, operand: str, reach: float) -> Any:
     return rq.quantizers.Ridge(base.bits, affine=False, range="absmax", **_sparsity(base))
 
 
-def _ridge_paper(base: Any, operand: str) -> Any:
+def _ridge_paper(base: Any, operand: str, reach: float) -> Any:
     """Affine where the paper is, over the whole range of the data."""
     affine = rq.quantizers.Ridge(base.bits, **_sparsity(base)).has_offset
     extremes = "minmax" if affine else "absmax"
@@ -96,17 +103,23 @@ METHODS: dict[str, Method] = {
     "ridge_linear": Method(_ridge_linear),
     "ridge": Method(_ridge_paper),
     "gdnsq": Method(
-        _estimator("GDNSQ"),
+        _gdnsq,
         calibrates=True,
         callbacks=lambda warmup: [rq.callbacks.GDNSQ(warmup=warmup)],
         distils=True,
     ),
-    "recommended": Method(lambda base, operand: base),
+    "recommended": Method(lambda base, operand, reach: base),
 }
 FLOAT = "float"
 
 
-def policy(method: str, setting: str, fields: Fields, rules: Sequence[rq.Rule] = ()) -> Any:
+def policy(
+    method: str,
+    setting: str,
+    fields: Fields,
+    rules: Sequence[rq.Rule] = (),
+    reach: float = math.inf,
+) -> Any:
     """The policy of a run, or None where the model stays in float.
 
     Args:
@@ -115,6 +128,7 @@ def policy(method: str, setting: str, fields: Fields, rules: Sequence[rq.Rule] =
         fields: by "both", "weights" and "activations": values that replace single fields of the
             method's quantizers. `class` is the name of another estimator.
         rules: what stays in float.
+        reach: the learning rate times the steps: how far the optimizer can move a parameter.
 
     Raises:
         LookupError: an unknown method, or an estimator that this version lacks.
@@ -130,7 +144,7 @@ def policy(method: str, setting: str, fields: Fields, rules: Sequence[rq.Rule] =
         found = getattr(base, operand)
         changes = {**fields.get("both", {}), **fields.get(operand, {})}
         if found is not None:
-            own = METHODS[method].quantizer(found, operand)
+            own = METHODS[method].quantizer(found, operand, reach)
             quantizers[operand] = _changed(own, changes, operand)
     return rq.QuantizationPolicy(**quantizers, rules=rules)
 
@@ -139,7 +153,7 @@ def _changed(quantizer: Any, changes: Mapping[str, Any], operand: str) -> Any:
     changes = dict(changes)
     kind = changes.pop("class", None)
     if kind is not None:
-        quantizer = _estimator(kind)(quantizer, operand)
+        quantizer = _estimator(kind)(quantizer, operand, math.inf)
     unknown = set(changes) - set(quantizer.get_config())
     if unknown:
         raise ValueError(

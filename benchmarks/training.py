@@ -273,7 +273,9 @@ def prepare(task: Task, run: Run) -> Prepared:
     keras.utils.set_random_seed(run.seed)
     model = task.model(run)
     decayed = {id(v) for v in model.trainable_variables if len(v.shape) > 1}
-    policy = methods.policy(run.method, run.setting, run.fields, task.rules())
+    policy = methods.policy(
+        run.method, run.setting, run.fields, task.rules(), reach=run.lr * run.steps
+    )
     if policy is not None:
         rq.quantize(model, policy, verbose=False)
     batches = task.batches(run, 0)

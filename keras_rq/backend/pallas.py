@@ -127,10 +127,8 @@ class _Turned:
 
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
         gradient = self._rule.backward(self._enter(x), statistics, upstream)
-        # Two numbers of 8 digits have the 16 bits of the output and more, at any magnitude.
-        high = gradient.astype("bfloat16")
-        low = (gradient - high.astype("float32")).astype("bfloat16")
-        return (self._product(high) + self._product(low)).astype(x.dtype)
+        # Rounded before it is turned and after, as what passes from one layer to the next is.
+        return self._product(gradient.astype(x.dtype)).astype(x.dtype)
 
     def _enter(self, x: Any) -> Any:
         if self._given is not x:

@@ -191,6 +191,8 @@ def test_methods_are_quantizers_at_a_setting():
     assert not quantizers("ridge_linear", "A1W1")[0].has_offset
     assert quantizers("ste", "A2W2")[0] == rq.quantizers.StraightThrough(2)
     assert methods.policy("ridge", "W4", {}).activations is None
+    starts = [methods.policy("gdnsq", "A4W1", {}, reach=r).weights.start_bits for r in (2, 100)]
+    assert starts == [1.5, 10]
 
 
 @pytest.mark.once

@@ -263,7 +263,9 @@ class GDNSQ(Learned):
                 f"Codes that take {taken:.2f} bits cannot be stored: {STORED_BITS} is the most. "
                 f"Train on with keras_rq.callbacks.GDNSQ until they take {self.bits}, the target."
             )
-        return self.replace(bits=math.ceil(taken)).quantize(x, blocks, parameters)
+        bits = math.ceil(taken)
+        wider = self.replace(bits=bits, start_bits=max(self.start_bits, bits))
+        return wider.quantize(x, blocks, parameters)
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "noise": self.noise, "start_bits": self.start_bits}

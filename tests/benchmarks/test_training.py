@@ -192,7 +192,7 @@ def test_methods_are_quantizers_at_a_setting():
     assert quantizers("ste", "A2W2")[0] == rq.quantizers.StraightThrough(2)
     assert methods.policy("ridge", "W4", {}).activations is None
     starts = [methods.policy("gdnsq", "A4W1", {}, reach=r).weights.start_bits for r in (2, 100)]
-    assert starts == [1.5, 10]
+    assert starts == [1.25, 10]
 
 
 @pytest.mark.once

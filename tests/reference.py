@@ -147,6 +147,10 @@ def lay_grid(v: np.ndarray, spec: Spec) -> tuple[float, float]:
         step = reach * float(np.float32(1) / np.float32(top))
         return step, step * (top - codes[-1])
     low, high = (v.min(), v.max()) if spec.rule == "minmax" else (center - reach, center + reach)
+    if spec.rule == "rms" and len(codes) > 2:  # moved as little as it takes to lie within the data
+        up = max(v.min() - low, 0.0)
+        down = max(high + up - v.max(), 0.0)
+        low, high = max(low + up - down, v.min()), high + up - down
     step = (high - low) * float(np.float32(1) / np.float32(codes[-1] - codes[0]))
     return step, low - step * codes[0]
 

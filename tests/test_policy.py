@@ -34,7 +34,7 @@ ROTATED = functools.partial(Ridge, 1, fade=1.2, rotation="hadamard")
         ("A4W1", Ridge(1, fade=1.6), Ridge(4)),
         ("A8W8", Ridge(8), Ridge(8)),
         ("A3W5", Ridge(5), Ridge(3)),
-        ("A1.5W1.5", Ridge(1.5, fade=1.0), Ridge(1.5, fade=1.0)),
+        ("A1.5W1.5", Ridge(1.5, fade=1.0), Ridge(1.5, fade=1.0, affine=True)),
         ("Afp4Wfp4", Ridge("fp4"), Ridge("fp4")),
         ("Afp4W1.5", Ridge(1.5, fade=1.0), Ridge("fp4")),
         ("W4", Ridge(4), None),

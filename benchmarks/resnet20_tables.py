@@ -17,13 +17,13 @@ AXES = {
 }
 
 
-def tables(rows: Sequence[Row], plans: Plans) -> str:
+def tables(rows: Sequence[Row], plans: Plans, *, with_others: bool = True) -> str:
     """The table for every number of epochs, and what has no place in it, as Markdown."""
     rows = [row for row in rows if row["task"] == plans.task]
     planned = [row for row in rows if _is_planned(row, plans)]
     sections = {
         "ResNet-20 on CIFAR-10: accuracy after the last epoch (epochs)": comparison(planned, plans),
-        "Other runs": accuracy.others(rows, planned),
+        "Other runs": accuracy.others(rows, planned) if with_others else None,
     }
     return "\n\n".join(f"### {name}\n\n{text}" for name, text in sections.items() if text)
 

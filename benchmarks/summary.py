@@ -91,16 +91,20 @@ def section(folder: Path, device: str) -> str | None:
 
 
 def accuracy(folder: Path) -> str | None:
-    """The tables of `nanogpt.py`, without the runs that have no place in one."""
-    file = folder / "nanogpt.json"
-    if not file.exists():
-        return None
-    # Here, because its tables are made by a function of this module.
+    """The tables of `nanogpt.py` and `resnet20.py`, without the runs that have no place there."""
+    # Here, because their tables are made by a function of this module.
     import nanogpt
     import nanogpt_tables
+    import resnet20
+    import resnet20_tables
 
-    rows = json.loads(file.read_text())["rows"]
-    return nanogpt_tables.tables(rows, nanogpt.Plans(), with_others=False)
+    made = []
+    for task, tables in ((nanogpt, nanogpt_tables), (resnet20, resnet20_tables)):
+        file = folder / f"{task.__name__}.json"
+        if file.exists():
+            rows = json.loads(file.read_text())["rows"]
+            made.append(tables.tables(rows, task.Plans(), with_others=False))
+    return "\n\n".join(made) or None
 
 
 CHECKS = ("fit", "jit", "mixed_bfloat16", "mixed_float16", "save and load", "LiteRT export")

@@ -226,6 +226,16 @@ def test_a_width_above_the_target_is_stored_as_it_is_up_to_eight_bits():
         quantizer.quantize(X, blocks, quantizer.start(X, view))
 
 
+@pytest.mark.forward
+def test_a_start_between_two_whole_widths_is_stored_at_the_wider():
+    quantizer, blocks = GDNSQ(2, start_bits=2.5), Blocks((-1,), (), "channel")
+    given = quantizer.start(X, blocks.view(X.shape))
+    tensor = quantizer.quantize(X, blocks, given)
+    assert tensor.grid.bits == 3
+    fake = to_numpy(quantizer.fake_quantize(X, blocks, given))
+    assert_close(to_numpy(tensor.dequantize()), fake, 1e-6)
+
+
 @pytest.mark.parametrize("trust", [0.5, 1.0])
 def test_trust_lets_gradients_of_inputs_pass_beyond_the_edge(trust: float):
     quantizer = GDNSQ(2, trust=trust)

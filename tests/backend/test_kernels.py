@@ -24,6 +24,7 @@ QUANTIZERS = [
     Ridge(1.5, block_size=32),
     Ridge("fp4", block_size=64),
     Ridge(2, range="absmax", block_size=64),
+    Ridge(2, block_size=64),
     StraightThrough(4, trust=0.0, range="rms", block_size=64),
     QuEST(4, rotation=None),
     QuEST(1),

@@ -37,6 +37,8 @@ def cell(row: Row | None) -> str:
 
 def is_wide(row: Row) -> bool:
     """Whether trained bit widths ended more than a bit above the setting's, scales included."""
+    if row["method"] != "gdnsq":
+        return False
     wanted = re.search(r"W([\d.]+)", row["setting"])
     stored = row.get("bits_per_element")
     return bool(wanted and stored) and stored > float(wanted[1]) + 1

@@ -38,6 +38,7 @@ QUANTIZERS = {
     "8 bits, channel": rq.quantizers.Ridge(8, block_size="channel"),
     "4 bits, 128": rq.quantizers.Ridge(4),
     "1 bit, 128": rq.quantizers.Ridge(1),
+    # As in a product of two operands that are rotated alike.
     "1 bit, 128, rotated": rq.quantizers.Ridge(1, rotation="hadamard", fade=1.2),
 }
 
@@ -59,7 +60,7 @@ def measure(quantizer: Any, axis: int, xs: list[Any], gs: list[Any]) -> dict[str
     """Forward and backward time of one tensor."""
 
     def fake(x: Any) -> Any:
-        return rq.ops.fake_quantize(x, quantizer, axis=axis)
+        return quantizer.fake_quantize(x, quantizer.blocks((axis,)), unrotate=False)
 
     def pull(xs: list[Any], gs: list[Any]) -> list[Any]:
         return [jax.vjp(fake, x)[1](g)[0] for x, g in zip(xs, gs, strict=True)]

@@ -71,7 +71,8 @@ def _estimator(name: str) -> Callable[[Any, str, float], Any]:
 def _gdnsq(base: Any, operand: str, reach: float) -> Any:
     """From ten bits, or from what a short run can shed at an eighth of the optimizer's pace."""
     target = estimator("GDNSQ")(base.bits).target
-    return estimator("GDNSQ")(base.bits, start_bits=min(10.0, target + reach / 8))
+    start = min(10.0, target + reach / 8)
+    return estimator("GDNSQ")(base.bits, start_bits=start, **_sparsity(base))
 
 
 def _bitnet(base: Any, operand: str, reach: float) -> Any:

@@ -2,8 +2,8 @@
 
     python benchmarks/summary.py benchmarks/results
 
-Prints Markdown of `train_step_*.json`, `peers_*.json`, `nanogpt.json` and `support.json` in the
-folder; `--write README.md` puts it between the README's marks.
+Prints Markdown of `train_step_*.json`, `peers_*.json`, `nanogpt.json`, `resnet20.json` and
+`support.json` in the folder; `--write README.md` puts it between the README's marks.
 """
 
 from __future__ import annotations

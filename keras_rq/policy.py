@@ -194,8 +194,8 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
         spec: shorthand, `A<bits>W<bits>[-<block>|-channel|-tensor][-<N>:<M>[-paired]]`: "A4W1",
             "A1W1-channel", "A4W1-128-2:4", "W4" (weights only). Bits are 1, 1.5 (ternary), 2 to 8
             or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`, at up to two bits
-            with fading gradients; where both operands have one bit, both are rotated too.
-            `keras_rq.presets` has others.
+            with fading gradients; ternary inputs have an offset; where both operands have one bit,
+            both are rotated. `keras_rq.presets` has others.
         weights: quantizer of kernels, or a bit width; replaces what `spec` says.
         activations: quantizer of layer inputs, or a bit width; replaces what `spec` says. None
             leaves what `spec` says; for weights alone write "W4". A rotation that both operands

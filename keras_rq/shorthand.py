@@ -46,7 +46,8 @@ Recipe = Callable[[Wanted], Quantizer]
 
 
 # Up to two bits, gradients fade with the distance from the outermost threshold. Widths by bits that
-# were best of four or five in `benchmarks/nanogpt.py`, after 2,000 steps.
+# were best of four or five in `benchmarks/nanogpt.py`, after 2,000 steps (three levels and four
+# while their ranges still reached beyond the data).
 _FADES = {1: 1.6, 1.5: 1.0, 2: 1.3}
 # Fields by the bits of both operands. With one bit each, rotations were worth 0.03 of accuracy
 # after 5,000 steps at the rate 0.004 (0.002 after 2,000 at 0.001). At A4W1, A1.5W1.5 and A2W2, in

@@ -147,7 +147,7 @@ def lay_grid(v: np.ndarray, spec: Spec) -> tuple[float, float]:
         step = reach * float(np.float32(1) / np.float32(top))
         return step, step * (top - codes[-1])
     low, high = (v.min(), v.max()) if spec.rule == "minmax" else (center - reach, center + reach)
-    if spec.rule == "rms" and len(codes) > 2:  # moved as little as it takes to lie within the data
+    if spec.rule == "rms" and spec.bits not in (1, "fp4"):  # moved to lie within the data
         up = max(v.min() - low, 0.0)
         down = max(high + up - v.max(), 0.0)
         low, high = max(low + up - down, v.min()), high + up - down

@@ -127,7 +127,8 @@ class _Turned:
 
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
         gradient = self._rule.backward(self._enter(x), statistics, upstream)
-        # Rounded before it is turned and after, as what passes from one layer to the next is.
+        # One product in the precision of x, which the upstream gradient came in: one rounding more
+        # than the plain rule, which rotates in float32.
         return self._product(gradient.astype(x.dtype)).astype(x.dtype)
 
     def _enter(self, x: Any) -> Any:

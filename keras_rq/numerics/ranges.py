@@ -5,12 +5,12 @@ sides; `rms` reaches a number of standard deviations that is optimal for a Gauss
 arXiv 2502.05003) and clips what lies beyond; `absmean` puts the outermost of two or three levels at
 the mean magnitude (BitNet, arXiv 2310.11453 and 2402.17764) and clips likewise. For more levels,
 where BitNet has none, it reaches the square root of half the number of steps times as far. An
-affine grid lies around the mean with `rms` and `absmean`, around zero with `absmax`. With `rms` and
-three levels or more it is then moved to lie between the least value and the largest, and narrowed
-where there is less room: of what a ReLU has made, no level is wasted below zero (its noise at two
-bits is about halved), and a Gaussian's levels stay where they are. No gradient flows through a
-range: the paper (arXiv 2409.09245) leaves it open, and a range that carries a gradient moves by its
-two outermost elements alone.
+affine grid lies around the mean with `rms` and `absmean`, around zero with `absmax`. With `rms`,
+three or more even levels are then moved to lie between the least and the largest value, and
+narrowed where there is less room: of what a ReLU has made, no level is wasted below zero (its noise
+at two bits is about halved), and the few levels of a Gaussian stay where they are. No gradient
+flows through a range: the paper (arXiv 2409.09245) leaves it open, and a range that carries a
+gradient moves by its two outermost elements alone.
 """
 
 from __future__ import annotations
@@ -90,12 +90,14 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
     center = view.mean_of_present(values)
     # BitNet subtracts the mean from the values and not from their scale.
     reach = _magnitude(values - center if rule == "rms" else values, view, grid, rule)
-    # With two levels all that counts is where they part, and the mean is a good place.
-    if rule == "absmean" or len(grid.codes) == 2:
+    # Two levels part at the mean, which is a good place; FP4 is finest in the middle, which stays
+    # at the mean.
+    if rule == "absmean" or grid.bits in (1, "fp4"):
         return center - reach, 2 * reach
     least, largest = view.min(values), view.max(values)
     width = ops.minimum(2 * reach, largest - least)
-    return ops.clip(center - reach, least, largest - width), width
+    # No `clip`: where rounding makes its bounds cross, backends disagree on which of them wins.
+    return ops.maximum(least, ops.minimum(center - reach, largest - width)), width
 
 
 def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
@@ -127,7 +129,7 @@ def outside(values: Any, span: Range, grid: Grid) -> Any:
     """How far each value lies beyond the outermost codes, in code units; 0 inside the grid."""
     position = span.position(values) + grid.anchor
     beyond = ops.maximum(position - grid.high, grid.low - position)
-    # The extremes of a "minmax" or "absmax" range lie on an edge, give or take their rounding.
+    # Extremes of the data may lie on an edge of the range, give or take their rounding.
     return ops.where(beyond > _ROUNDING * (grid.high - grid.low), beyond, 0.0)
 
 

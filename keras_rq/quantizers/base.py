@@ -57,7 +57,8 @@ class Quantizer:
     Args:
         bits: 1, 1.5 (ternary), 2 to 8, or "fp4" (E2M1).
         affine: fit an offset as well as a scale. "auto": an offset for integer grids, none for
-            ternary, FP4 and sparse tensors, whose zero must stay zero.
+            ternary, FP4 and sparse tensors, whose zero must stay zero. (The shorthand of a policy
+            gives ternary inputs one.)
         block_size: elements along the contraction axis that share statistics; "channel": all of
             them; "tensor": the whole tensor. Convolutions have `conv_block_size` instead.
         range: "minmax", "absmax", "rms" or "absmean" (see `keras_rq.numerics.ranges`). "auto":

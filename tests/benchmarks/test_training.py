@@ -193,6 +193,8 @@ def test_methods_are_quantizers_at_a_setting():
     assert methods.policy("ridge", "W4", {}).activations is None
     starts = [methods.policy("gdnsq", "A4W1", {}, reach=r).weights.start_bits for r in (2, 100)]
     assert starts == [1.25, 10]
+    with pytest.raises(ValueError, match="sparsity"):
+        methods.policy("gdnsq", "A4W1-2:4", {})
 
 
 @pytest.mark.once

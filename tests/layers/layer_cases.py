@@ -104,7 +104,7 @@ SCHEMES = {
     scheme.name: scheme
     for scheme in (
         Scheme("A4W1", Ridge(1), Ridge(4)),
-        Scheme("A1.5W1.5", Ridge(1.5), Ridge(1.5)),
+        Scheme("A1.5W1.5", Ridge(1.5), Ridge(1.5, affine=True)),
         Scheme("A8W4-2:4", Ridge(4, sparsity="2:4"), Ridge(8)),
         Scheme("blocks", Ridge(4, block_size=4, conv_block_size=2), Ridge(4, block_size=4)),
         Scheme("tensor", StraightThrough(4, block_size="tensor"), Ridge(3, block_size="tensor")),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gradients import to_numpy
+from gradients import few, to_numpy
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -69,6 +69,13 @@ def test_they_reach_as_far_on_both_sides_where_there_is_data(bits: Any):
     np.testing.assert_allclose(high, x.mean(axis=1) + reach, rtol=1e-5)
 
 
+def test_the_fine_levels_of_fp4_stay_around_the_mean():
+    x = relu(np.random.default_rng(0).normal(size=(2, 4096))).astype("float32")
+    low, high = ends(x, "fp4")
+    np.testing.assert_allclose((low + high) / 2, x.mean(axis=1), rtol=1e-5)
+
+
+@few
 @given(
     arrays.arrays("float32", (3, 12), elements=st.floats(-1e4, 1e4, width=32)),
     st.sampled_from([1.5, 2, 3, 4, 8]),

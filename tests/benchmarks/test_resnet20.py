@@ -19,7 +19,7 @@ import runs
 import training
 from training import Run
 
-pytestmark = pytest.mark.once
+pytestmark = pytest.mark.once("torch")
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (60, 16, 16, 3), dtype="uint8")

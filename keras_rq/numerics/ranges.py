@@ -1,16 +1,16 @@
 """Where the grid lies over the data: `f(x) = (x - origin) / scale`, one range per block.
 
 Four rules. `minmax` spans the data and is affine; `absmax` reaches the largest magnitude on both
-sides; `rms` reaches a number of standard deviations that is optimal for a Gaussian (QuEST,
-arXiv 2502.05003) and clips what lies beyond; `absmean` puts the outermost of two or three levels at
-the mean magnitude (BitNet, arXiv 2310.11453 and 2402.17764) and clips likewise. For more levels,
-where BitNet has none, it reaches the square root of half the number of steps times as far. An
-affine grid lies around the mean with `rms` and `absmean`, around zero with `absmax`. With `rms`,
-three or more even levels are then moved to lie between the least and the largest value, and
-narrowed where there is less room: of what a ReLU has made, no level is wasted below zero (its noise
-at two bits is about halved), and the few levels of a Gaussian stay where they are. No gradient
-flows through a range: the paper (arXiv 2409.09245) leaves it open, and a range that carries a
-gradient moves by its two outermost elements alone.
+sides; `rms` reaches a number of standard deviations that is optimal for a Gaussian (QuEST, arXiv
+2502.05003) and clips what lies beyond; `absmean` puts the outermost of two or three levels at the
+mean magnitude (BitNet, arXiv 2310.11453 and 2402.17764) and clips likewise. For more levels, where
+BitNet has none, it reaches the square root of half the number of steps times as far. An affine grid
+lies around the mean with `rms` and `absmean`, around zero with `absmax`. With `rms`, three or more
+evenly spaced levels are then moved to lie between the least and the largest value, and narrowed
+where there is less room: of what a ReLU has made, no level is wasted below zero (its noise at two
+bits is about halved), and the few levels of a Gaussian stay where they are. No gradient flows
+through a range: the paper (arXiv 2409.09245) leaves it open, and a range that carries a gradient
+moves by its two outermost elements alone.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def cell(row: Row | None) -> str:
 
 def is_wide(row: Row) -> bool:
     """Whether trained bit widths ended more than a bit above the setting's, scales included."""
-    if row["method"] != "gdnsq":
+    if not any("bits_weights" in point for point in row.get("curve", ())):
         return False
     wanted = re.search(r"W([\d.]+)", row["setting"])
     stored = row.get("bits_per_element")

@@ -39,7 +39,7 @@ QUANTIZERS = {
     "4 bits, 128": rq.quantizers.Ridge(4),
     "1 bit, 128": rq.quantizers.Ridge(1),
     # As in a product of two operands that are rotated alike.
-    "1 bit, 128, rotated": rq.quantizers.Ridge(1, rotation="hadamard", fade=1.2),
+    "1 bit, 128, rotated": rq.QuantizationPolicy("A1W1").weights,
 }
 
 

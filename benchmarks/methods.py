@@ -35,17 +35,19 @@ class Method:
     """How a float model is quantized and made ready for `fit`.
 
     Attributes:
-        quantizer: the method's own, from the one that a setting's shorthand gives an operand, the
-            operand's name, and how far the optimizer can move a parameter (see `policy`).
+        quantizer: the method's own, from the one that a setting's shorthand gives an operand, and
+            the operand's name.
         calibrates: whether its variables start from data, by `rq.calibrate`.
         callbacks: makes what `fit` has to call, for that many warm-up steps.
         distils: whether its authors train it on the logits of the float model.
+        within: the quantizer as it suits how far the optimizer can move a parameter.
     """
 
-    quantizer: Callable[[Any, str, float], Any]
+    quantizer: Callable[[Any, str], Any]
     calibrates: bool = False
     callbacks: Callable[[int], list[keras.callbacks.Callback]] = lambda warmup: []
     distils: bool = False
+    within: Callable[[Any, float], Any] = lambda quantizer, reach: quantizer
 
 
 def estimator(name: str) -> type:
@@ -63,29 +65,27 @@ def estimator(name: str) -> type:
     return found
 
 
-def _estimator(name: str) -> Callable[[Any, str, float], Any]:
+def _estimator(name: str) -> Callable[[Any, str], Any]:
     """An estimator as its class has it by default, at a setting's bits and sparsity."""
-    return lambda base, operand, reach: estimator(name)(base.bits, **_sparsity(base))
+    return lambda base, operand: estimator(name)(base.bits, **_sparsity(base))
 
 
-def _gdnsq(base: Any, operand: str, reach: float) -> Any:
+def _gdnsq_within(quantizer: Any, reach: float) -> Any:
     """From ten bits, or from what a short run can shed at an eighth of the optimizer's pace."""
-    target = estimator("GDNSQ")(base.bits).target
-    start = min(10.0, target + reach / 8)
-    return estimator("GDNSQ")(base.bits, start_bits=start, **_sparsity(base))
+    return quantizer.replace(start_bits=min(10.0, quantizer.target + reach / 8))
 
 
-def _bitnet(base: Any, operand: str, reach: float) -> Any:
+def _bitnet(base: Any, operand: str) -> Any:
     """The papers' weights; activations of few bits, which they leave open, have a mean a token."""
     own = {"centered": False, "block_size": "channel"} if operand == "activations" else {}
     return estimator("BitNet")(base.bits, **own, **_sparsity(base))
 
 
-def _ridge_linear(base: Any, operand: str, reach: float) -> Any:
+def _ridge_linear(base: Any, operand: str) -> Any:
     return rq.quantizers.Ridge(base.bits, affine=False, range="absmax", **_sparsity(base))
 
 
-def _ridge_paper(base: Any, operand: str, reach: float) -> Any:
+def _ridge_paper(base: Any, operand: str) -> Any:
     """Affine where the paper is, over the whole range of the data."""
     affine = rq.quantizers.Ridge(base.bits, **_sparsity(base)).has_offset
     extremes = "minmax" if affine else "absmax"
@@ -104,12 +104,13 @@ METHODS: dict[str, Method] = {
     "ridge_linear": Method(_ridge_linear),
     "ridge": Method(_ridge_paper),
     "gdnsq": Method(
-        _gdnsq,
+        _estimator("GDNSQ"),
         calibrates=True,
         callbacks=lambda warmup: [rq.callbacks.GDNSQ(warmup=warmup)],
         distils=True,
+        within=_gdnsq_within,
     ),
-    "recommended": Method(lambda base, operand, reach: base),
+    "recommended": Method(lambda base, operand: base),
 }
 FLOAT = "float"
 
@@ -145,7 +146,7 @@ def policy(
         found = getattr(base, operand)
         changes = {**fields.get("both", {}), **fields.get(operand, {})}
         if found is not None:
-            own = METHODS[method].quantizer(found, operand, reach)
+            own = METHODS[method].within(METHODS[method].quantizer(found, operand), reach)
             quantizers[operand] = _changed(own, changes, operand)
     return rq.QuantizationPolicy(**quantizers, rules=rules)
 
@@ -154,7 +155,7 @@ def _changed(quantizer: Any, changes: Mapping[str, Any], operand: str) -> Any:
     changes = dict(changes)
     kind = changes.pop("class", None)
     if kind is not None:
-        quantizer = _estimator(kind)(quantizer, operand, math.inf)
+        quantizer = _estimator(kind)(quantizer, operand)
     unknown = set(changes) - set(quantizer.get_config())
     if unknown:
         raise ValueError(

@@ -17,8 +17,14 @@ AXES = {
 }
 
 
-def tables(rows: Sequence[Row], plans: Plans, *, with_others: bool = True) -> str:
-    """The table for every number of epochs, and what has no place in it, as Markdown."""
+def tables(rows: Sequence[Row], plans: Plans, with_others: bool = True) -> str:
+    """The table for every number of epochs, as Markdown.
+
+    Args:
+        rows: of the results.
+        plans: which runs it consists of.
+        with_others: list the runs that have no place in it, too.
+    """
     rows = [row for row in rows if row["task"] == plans.task]
     planned = [row for row in rows if _is_planned(row, plans)]
     sections = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import methods
 import models
 import numpy as np
 import recipes
@@ -70,7 +71,8 @@ class ResNet20(Task):
     def teacher(self, run: Run) -> keras.Model | None:
         """The float model that the run starts from, where its recipe distils."""
         recipe = self._recipe(run)
-        return self.model(run) if recipe.pretrained and recipe.distil else None
+        wanted = methods.METHODS[run.method].distils if recipe.distil is None else recipe.distil
+        return self.model(run) if recipe.pretrained and wanted else None
 
     def warmup(self, run: Run) -> int:
         return self._recipe(run).warmup

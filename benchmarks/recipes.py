@@ -64,8 +64,8 @@ class ResNetRecipe(Changeable):
         final: last learning rate over the peak.
         interval: most epochs between two evaluations; their number divides the epochs.
         pretrained: whether to start from the float checkpoint.
-        distil: whether methods whose authors train on the logits of that model do so here, in place
-            of the labels.
+        distil: whether to train on the logits of that model, in place of the labels; None: where
+            the method's authors do.
     """
 
     blocks: int = 3
@@ -76,7 +76,7 @@ class ResNetRecipe(Changeable):
     final: float = 0.0
     interval: int = 5
     pretrained: bool = False
-    distil: bool = True
+    distil: bool | None = None
 
 
 GPT = GPTRecipe()

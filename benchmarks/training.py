@@ -90,7 +90,7 @@ class Task:
         raise NotImplementedError
 
     def teacher(self, run: Run) -> keras.Model | None:
-        """The float model whose logits a method that distils is trained on; None: labels."""
+        """The float model whose logits the run is trained on; None: labels."""
         return None
 
     def warmup(self, run: Run) -> int:
@@ -338,9 +338,7 @@ def _loop(model: keras.Model, batch: tuple[Any, Any]) -> None:
 
 
 def _distiller(task: Task, run: Run, model: keras.Model) -> keras.Model | None:
-    if run.method == methods.FLOAT or not methods.METHODS[run.method].distils:
-        return None
-    teacher = task.teacher(run)
+    teacher = None if run.method == methods.FLOAT else task.teacher(run)
     if teacher is None:
         return None
     divergence = rq.distillation.Jeffreys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -97,8 +98,15 @@ def test_gdnsq_is_trained_on_the_logits_of_the_float_model(tmp_path: Path):
         True
     ] * len(row["curve"])
     by_labels = Run("gdnsq", "A4W4", 1e-3, 4, fields={"recipe": {"distil": False}})
-    prepared = training.prepare(task, by_labels)
-    assert prepared.trained is prepared.model
+    assert not _distils(task, by_labels)
+    ridge = Run("ridge", "A4W4", 1e-3, 4)
+    assert not _distils(task, ridge)
+    assert _distils(task, dataclasses.replace(ridge, fields={"recipe": {"distil": True}}))
+
+
+def _distils(task: cifar.ResNet20, run: Run) -> bool:
+    prepared = training.prepare(task, run)
+    return prepared.trained is not prepared.model
 
 
 def test_the_table_gives_epochs_beside_accuracies():

@@ -69,12 +69,25 @@ def find_range(values: Any, view: BlockView, grid: Grid, rule: str) -> Range:
     return Range(_at_least(reach * _reciprocal(grid.high - grid.anchor)), None)
 
 
-def range_over(low: float, high: float, grid: Grid) -> Range:
-    """Lays a grid over a given interval; a linear one over the larger of its two sides."""
+def range_over(low: float, high: float, grid: Grid, is_even: bool = False) -> Range:
+    """Lays a grid over a given interval.
+
+    Args:
+        low: its lower end.
+        high: its upper end.
+        grid: the codes.
+        is_even: whether to reach as far on both sides of zero as the interval does on one; a linear
+            grid does anyway.
+
+    Returns:
+        A `Range` of float32 scalars.
+    """
+    reach = max(abs(low), abs(high))
     if grid.affine:
+        low, high = (-reach, reach) if is_even else (low, high)
         span = max((high - low) / (grid.high - grid.low), _SMALLEST), low
     else:
-        span = max(abs(low), abs(high), _SMALLEST) / grid.high, None
+        span = max(reach / (grid.high - grid.anchor), _SMALLEST), None
     return Range(
         *(part if part is None else ops.convert_to_tensor(part, "float32") for part in span)
     )

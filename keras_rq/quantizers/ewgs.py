@@ -37,7 +37,8 @@ class EWGS(StraightThrough):
         trust: see `Quantizer`.
         fade: see `Quantizer`.
         sparsity: see `Quantizer`. To a pruned element `x_q` is zero.
-        calibration: see `Quantizer`.
+        calibration: "dynamic". Of static ranges the slope alone is known, which does not depend on
+            what comes back.
         conv_block_size: see `Quantizer`.
 
     Raises:
@@ -80,6 +81,12 @@ class EWGS(StraightThrough):
             conv_block_size=conv_block_size,
         )
         self.delta = check_nonnegative("delta", delta)
+        if calibration == "static":
+            raise ValueError(
+                "EWGS scales gradients by what comes back, which a static range does not do. "
+                f"Received: calibration={calibration!r}. Use calibration='dynamic', or "
+                "StraightThrough or Ridge for a static range."
+            )
 
     def gradient(
         self, rounding: Rounding, fitted: tuple[Any, ...], upstream: Any, pull: tuple[Any, ...]

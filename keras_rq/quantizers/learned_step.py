@@ -31,6 +31,9 @@ class LearnedStep(Learned):
         dy/dx = 1 inside the range, 0 outside
         dy/ds = round(v) - v inside, -Q_N or Q_P outside, times 1 / sqrt(size of x * Q_P)
 
+    (The paper counts the features of an input. Its size here is that of the batch, as in the public
+    implementations, so that the same rate moves the step less in a larger batch.)
+
     Codes are `-2^(b-1) .. 2^(b-1)-1`. An input that calibration never sees below zero has codes
     `0 .. 2^b-1` instead, stored with `2^(b-1)` taken off. Steps start at `2 mean|x| / sqrt(Q_P)`.
 

@@ -32,7 +32,8 @@ def parameters(quantizer: Quantizer) -> dict[str, Parameter]:
     """What a layer keeps: where the grid lies, and the line; none is trained."""
     names = ["range_scale", "scale"]
     names += ["range_origin"] if quantizer.grid.affine else []
-    names += ["offset"] if quantizer.has_offset else []
+    # Without a level at zero, as on QuEST's grids, a line without an origin has an offset too.
+    names += ["offset"] if quantizer.has_offset or quantizer.grid.anchor else []
     return {name: Parameter((), trainable=False) for name in names}
 
 
@@ -46,10 +47,11 @@ def calibrated(quantizer: Quantizer, seen: Observation) -> dict[str, np.ndarray]
     """The parameters after calibration."""
     sample = ops.convert_to_tensor(seen.sample, dtype="float32")
     view = Blocks(size="tensor").view(tuple(sample.shape))
-    if quantizer.range_rule == "rms" and not seen.is_chosen:
+    if quantizer.range_rule in ranges.CLIPPING and not seen.is_chosen:
         found = initial(quantizer, sample, view)
     else:
-        span = ranges.range_over(seen.low, seen.high, quantizer.grid)
+        is_even = quantizer.range_rule == "absmax"
+        span = ranges.range_over(seen.low, seen.high, quantizer.grid, is_even)
         found = _fitted(quantizer, sample, view, span)
     return {name: ops.convert_to_numpy(value).reshape(()) for name, value in found.items()}
 
@@ -64,8 +66,8 @@ def slopes(quantizer: Quantizer, values: Any, given: Parameters) -> tuple[Any, d
     """The derivative of the outputs to the data; none to the parameters."""
     span = _span(given)
     slope = given["scale"] / span.scale
-    if quantizer.trust is not None:
-        reach = quantizer.trust * 0.5 * quantizer.grid.edge_step
+    if quantizer.trust_factor is not None:
+        reach = quantizer.trust_factor * 0.5 * quantizer.grid.edge_step
         slope = ops.where(ranges.outside(values, span, quantizer.grid) <= reach, slope, 0.0)
     return quantizer.faded(slope, values, span), {}
 

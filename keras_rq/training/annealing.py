@@ -60,7 +60,8 @@ class Annealed(keras.optimizers.schedules.LearningRateSchedule):
 def anneal(optimizer: Any, decay: float, done: int, is_on: bool) -> None:
     """Gives an optimizer its rate times the decay of `done` steps, and of all from now on."""
     inner = _inner(optimizer)
-    since = int(ops.convert_to_numpy(inner.iterations)) if is_on else None
+    # What Keras calls a schedule with, which goes on where gradients are only accumulated.
+    since = int(ops.convert_to_numpy(inner._iterations)) if is_on else None
     inner.learning_rate = Annealed(rate_of(optimizer), decay, done, since)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -51,4 +52,7 @@ def jeffreys(logits: Any, constant: Any) -> Any:
     """The mean Jeffreys divergence of the softmax of logits and of constant ones, float32."""
     constant = ops.stop_gradient(ops.convert_to_tensor(constant))
     log_p, log_q = (ops.log_softmax(ops.cast(x, "float32"), axis=-1) for x in (logits, constant))
-    return ops.mean(ops.sum((ops.exp(log_p) - ops.exp(log_q)) * (log_p - log_q), axis=-1))
+    # What both rule out, as a mask does, adds nothing.
+    is_out = ops.logical_and(log_p == -np.inf, log_q == -np.inf)
+    ratio = ops.where(is_out, 0.0, log_p - log_q)
+    return ops.mean(ops.sum((ops.exp(log_p) - ops.exp(log_q)) * ratio, axis=-1))

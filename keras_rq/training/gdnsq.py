@@ -122,6 +122,12 @@ class GDNSQ(keras.callbacks.Callback):
         before, mean_before = self._batches, self._mean
         self._batches, self._mean, self._annealed = self._read()
         new = self._batches - before
+        if new == 0:
+            raise RuntimeError(
+                f"No training step of model {self.model.name!r} has called `compute_loss`, where "
+                "GDNSQ adds its penalty: bit widths stay as they are. Let `train_step` take its "
+                "loss from `self.compute_loss(x, y, y_pred, sample_weight, training=True)`."
+            )
         self._log(logs, (self._mean * self._batches - mean_before * before) / max(new, 1.0))
         was, self.converged = self.converged, self._has_converged()
         if self.converged != was:
@@ -166,7 +172,9 @@ class GDNSQ(keras.callbacks.Callback):
             above = operand.width() - (operand.quantizer.target - EPSILON)
             excess[operand.kind].append(ops.reshape(ops.relu(above), (-1,)))
         penalty = exterior_penalty(*(ops.concatenate(e) if e else None for e in excess.values()))
-        mean = mean + (base - mean) / (batches + 1.0)
+        # A step that loss scaling will skip is counted, and its loss is not.
+        change = ops.where(ops.isfinite(base), base - mean, 0.0)
+        mean = mean + change / (batches + 1.0)
         annealed = annealed + float(self.converged)
         self._progress.assign(ops.stack([batches + 1.0, mean, annealed]))
         return loss + ops.cast(scale * temperature * penalty, loss.dtype)

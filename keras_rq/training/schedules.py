@@ -1,7 +1,8 @@
 """Quantization that changes while a model is trained.
 
-What is in force follows from the epoch (or step) alone, so that training resumed with
-`initial_epoch` goes on as if it had never stopped.
+What is in force follows from the epoch (or step of the optimizer) alone, so that training resumed
+with `initial_epoch` goes on as if it had never stopped. Steps that loss scaling skips are noticed
+when an epoch ends.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class QuantizationSchedule(keras.callbacks.Callback):
             raise ValueError(f"`unit` must be 'epoch' or 'step'. Received: unit={unit!r}")
         self.unit = unit
         self._in_force: int | None = None
-        self._first_step = 0
+        self._first_batch, self._batches_of_step = 0, 1
 
     def on_train_begin(self, logs: Any = None) -> None:
         # All of them now: what a layer cannot have should not end a training that ran for days.
@@ -89,15 +90,20 @@ class QuantizationSchedule(keras.callbacks.Callback):
             self._reach(epoch)
         else:
             # Read here: within an epoch the variables are not always up to date.
-            self._first_step = int(keras.ops.convert_to_numpy(self.model.optimizer.iterations))
+            inner = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+            self._first_batch = int(keras.ops.convert_to_numpy(inner._iterations))
+            self._batches_of_step = inner.gradient_accumulation_steps or 1
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self.unit == "step":
-            self._reach(self._first_step + batch)
+            self._reach((self._first_batch + batch) // self._batches_of_step)
 
     def _reach(self, now: int) -> None:
         begun = {start: stage for start, stage in self.stages.items() if start <= now}
-        if not begun or max(begun) == self._in_force:
+        if not begun:
+            return
+        # Never back: a step that loss scaling has skipped is counted until the epoch ends.
+        if self._in_force is not None and max(begun) <= self._in_force:
             return
         self._in_force = max(begun)
         # From what the layers do now, which another schedule may have changed meanwhile.

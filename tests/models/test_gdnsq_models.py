@@ -296,6 +296,41 @@ def test_layers_have_targets_of_their_own_and_other_estimators_stay():
     assert len(quantized_layers(model)) == 2
 
 
+def test_a_loss_that_overflows_once_is_not_remembered():
+    model = quantized()
+    model.compile(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.03)), "mse")
+    y = np.random.default_rng(2).normal(size=(64, 3)).astype("float32")
+    overflowing = y.copy()
+    overflowing[8] = np.inf
+    callback = rq.callbacks.GDNSQ(warmup=4, growth=0.4)
+    options = {"batch_size": 8, "shuffle": False, "verbose": 0, "callbacks": [callback]}
+    model.fit(X, overflowing, **options)
+    history = model.fit(X, y, epochs=12, **options).history
+    assert np.isfinite(history["loss"]).all() and np.isfinite(history["base_loss"]).all()
+    assert history["bits_weights"][-1] < 6.0 < 9.0 < history["bits_weights"][0]
+
+
+@pytest.mark.once
+def test_a_training_step_that_does_not_ask_for_the_loss():
+    import tensorflow as tf
+
+    class Own(keras.Sequential):
+        def train_step(self, data: Any) -> dict[str, Any]:
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = keras.ops.mean(LOSS(y, self(x, training=True)))
+            variables = self.trainable_variables
+            self.optimizer.apply_gradients(
+                zip(tape.gradient(loss, variables), variables, strict=True)
+            )
+            return {"loss": loss}
+
+    model = Own(quantized().layers)
+    model.compile(keras.optimizers.Adam(0.03), LOSS)
+    with pytest.raises(RuntimeError, match=r"has called `compute_loss`.*bit widths stay"):
+        fit(model, rq.callbacks.GDNSQ())
+
+
 @pytest.mark.once
 def test_what_it_cannot_work_on():
     model = float_model()

@@ -15,7 +15,7 @@ from keras import ops
 
 import keras_rq as rq
 from keras_rq.quantizers import GDNSQ
-from keras_rq.training.annealing import Annealed
+from keras_rq.training.annealing import Annealed, anneal
 from keras_rq.training.distillation import jeffreys
 
 FIXTURES = Path(__file__).parent.parent / "quantizers" / "fixtures"
@@ -68,6 +68,27 @@ def test_the_divergence_of_equal_or_extreme_logits():
     logits = np.array([[0.0, 1e4, -1e4]], "float32")
     assert float(jeffreys(logits, logits)) == 0.0
     np.testing.assert_allclose(float(jeffreys(logits, -logits)), 4e4)
+
+
+def test_logits_that_are_masked_on_both_sides_add_nothing():
+    random = np.random.default_rng(0)
+    student, teacher = random.normal(size=(2, 3, 5)).astype("float32")
+    masked = [np.pad(x, ((0, 0), (0, 2)), constant_values=-np.inf) for x in (student, teacher)]
+    received = value_and_gradient(lambda x: jeffreys(x, masked[1]), masked[0], np.float32(1.0))
+    expected = value_and_gradient(lambda x: jeffreys(x, teacher), student, np.float32(1.0))
+    np.testing.assert_allclose(received[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(received[1], np.pad(expected[1], ((0, 0), (0, 2))), atol=1e-7)
+
+
+@pytest.mark.once("torch")
+def test_annealing_begins_where_it_is_told_when_gradients_are_accumulated():
+    optimizer = keras.optimizers.SGD(0.5, gradient_accumulation_steps=4)
+    optimizer.build([])
+    optimizer._iterations.assign(40)
+    anneal(optimizer, 0.9, 0, True)
+    assert float(optimizer.learning_rate) == pytest.approx(0.5)
+    optimizer._iterations.assign(42)
+    assert float(optimizer.learning_rate) == pytest.approx(0.5 * 0.9**2)
 
 
 @pytest.mark.once("torch")

@@ -117,6 +117,31 @@ def test_a_step_in_the_middle_of_an_epoch(jit: bool):
         np.testing.assert_allclose(received, wanted, rtol=1e-4, atol=1e-6)
 
 
+def bits_by_batch(optimizer: Any, stages: dict[int, int], y: np.ndarray = Y) -> list[int]:
+    """Of the weights, in every batch of three epochs."""
+    model, seen = make(), []
+    model.compile(optimizer, "mse", jit_compile=BACKEND == "jax")
+    look = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(bits(model)[0][0])
+    )
+    callbacks = [GradualBits(weights=stages, unit="step"), look]
+    model.fit(X, y, epochs=3, batch_size=BATCH, shuffle=False, verbose=0, callbacks=callbacks)
+    return seen
+
+
+def test_a_step_of_accumulated_gradients_is_several_batches():
+    optimizer = keras.optimizers.SGD(1e-3, gradient_accumulation_steps=3)
+    assert bits_by_batch(optimizer, {0: 8, 2: 4}) == [8] * 6 + [4] * 6
+
+
+def test_steps_that_loss_scaling_skips_do_not_turn_a_schedule_back():
+    y = Y.copy()
+    y[: 2 * BATCH] = np.inf  # two of the four batches of every epoch
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(1e-3))
+    # Known when an epoch ends: steps 2 and 3 are its last, and 4 the first that is taken after it.
+    assert bits_by_batch(optimizer, {0: 8, 3: 6, 5: 4}, y) == [8] * 3 + [6] * 4 + [4] * 5
+
+
 @compiled
 def test_validation_and_prediction_know_the_change(jit: bool):
     model = make("A8W8", jit)

@@ -85,7 +85,8 @@ class Rule:
     """What the layers that match get instead of the policy's default.
 
     Args:
-        match: a regular expression, searched in the layer's path; a layer class, by name, whose
+        match: a regular expression, searched in the layer's path, which `keras_rq.report` shows
+            (what it lies in and its name, as `encoder/dense`); a layer class, by name, whose
             subclasses match too, and so does what lies inside such a layer (a MultiHeadAttention
             holds four EinsumDense); or a callable that takes the layer and returns a bool.
         weights: a quantizer, a bit width (then `Ridge`), or None for float. Left out: the policy's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -223,6 +224,43 @@ def test_a_regular_expression_is_searched_in_the_path():
     assert rq.Rule("encoder/").matches(nested)
     assert rq.Rule("r/d$").matches(nested)
     assert not rq.Rule("encoder").matches(last)
+
+
+def nested(name: str) -> keras.Model:
+    """Two dense layers of one name, in sub-models of the class of that name."""
+    inputs = x = keras.Input((6,))
+    for of in ("first", "second"):
+        inner = keras.Input((6,))
+        dense = layers.Dense(6, name="dense")
+        if name == "Sequential":
+            part = keras.Sequential([inner, dense], name=of)
+        else:
+            part = keras.Model(inner, dense(inner), name=of)
+        x = part(x)
+    return keras.Model(inputs, layers.Dense(2, name="head")(x))
+
+
+@pytest.mark.parametrize("name", ["Sequential", "Functional"])
+def test_a_path_is_that_of_the_model_before_and_after_loading(name: str, tmp_path: Path):
+    policy = rq.QuantizationPolicy("A4W4", rules=[rq.Rule("^first/", weights=8)])
+    expected = [("first/dense", 8), ("second/dense", 4), ("head", 4)]
+    fresh = nested(name)
+    fresh.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    for model in (fresh, loaded):
+        report = model.quantize(policy, verbose=False)
+        assert [(row.path, row.weight_bits) for row in report.rows] == expected
+    loaded.save(tmp_path / "m.keras")
+    again = rq.report(keras.saving.load_model(tmp_path / "m.keras"))
+    assert [(row.path, row.weight_bits) for row in again.rows] == expected
+
+
+def test_a_sequential_is_in_its_paths_after_loading_too(tmp_path: Path):
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4, name="dense")], name="net")
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    for one in (model, loaded):
+        assert [row.path for row in rq.report(one).rows] == ["net/dense"]
 
 
 def test_a_class_matches_its_subclasses_and_their_quantized_forms():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,14 +27,29 @@ def convert(graph: IntegerGraph, concrete_function: Any) -> bytes:
 
     Raises:
         ValueError: if the weight of a recorded product is missing, or does not feed the operator
-            it is meant for. Nothing falls back to float silently.
+            it is meant for, or if the converter fails. Nothing falls back to float silently.
     """
     tf = require("tensorflow")
     function, signature = _lift_weights(graph, concrete_function)
     with _quiet():
         converter = tf.lite.TFLiteConverter.from_concrete_functions([function])
-        buffer = converter.convert()
+        try:
+            buffer = converter.convert()
+        except Exception as error:  # the class has no public name
+            raise ValueError(_what_failed(str(error))) from error
     return patch_weights(buffer, graph.patches, signature)
+
+
+def _what_failed(text: str) -> str:
+    """What the converter says, without the call sites."""
+    lacking = sorted(set(re.findall(r"'(tf\.\w+)' op is neither a custom op nor a flex op", text)))
+    if lacking:
+        return (
+            f"The model computes {', '.join(lacking)}, which LiteRT has no operator for. Export "
+            "the part of the model without it, or write it with other operations."
+        )
+    errors = re.findall(r"error: (.*)", text) or text.splitlines()
+    return f"TensorFlow's converter cannot translate the model: {errors[0][:500]}"
 
 
 def _lift_weights(graph: IntegerGraph, concrete_function: Any) -> tuple[Any, Signature]:

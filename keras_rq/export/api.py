@@ -15,7 +15,9 @@ from keras_rq.export import folding, litert, signatures
 from keras_rq.export.interpreter import IntegerKernel, integer_kernels
 from keras_rq.export.lowering import Lowered
 from keras_rq.export.verification import Verification, check_destination, verify
+from keras_rq.layers import paths
 from keras_rq.layers.base import is_quantized
+from keras_rq.layers.registry import refuse_keras_quantization
 from keras_rq.training.files import write_atomically
 
 _SUFFIXES = {".tflite": "litert", ".litert": "litert"}
@@ -124,6 +126,7 @@ def export(
     """
     path = check_destination(path)
     _check_arguments(model, path, format, optimize, rtol)
+    paths.complete(model)
     specs = signatures.input_specs(model, inputs, batch_size)
     built = litert.build(model, specs, optimize)
     if inputs is None:
@@ -164,9 +167,16 @@ def _check_arguments(
     if not (isinstance(rtol, (int, float)) and rtol >= 0):
         raise ValueError(f"`rtol` must be a number >= 0. Received: rtol={rtol!r}")
     for layer in model._flatten_layers():
+        refuse_keras_quantization(layer)
         if is_quantized(layer):
             layer.require_calibration()
             layer.require_target()
+        if getattr(layer, "stateful", False) and isinstance(layer, keras.layers.RNN):
+            raise ValueError(
+                f"Layer {layer.path!r} is stateful, and a LiteRT file keeps nothing from one call "
+                "to the next. Load the weights into a model with stateful=False that takes and "
+                "returns the state (`initial_state=`, return_state=True)."
+            )
     for variable in model.variables:
         if "float" in variable.dtype and not np.isfinite(ops.convert_to_numpy(variable)).all():
             raise ValueError(f"Variable {variable.path!r} holds values that are not finite.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -148,17 +149,29 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
             check=False,
         )
         if child.returncode:
-            lines = [line for line in child.stderr.splitlines() if line.strip()] or ["no message"]
             raise ValueError(
                 f"Model {model.name!r} could not be converted by the TensorFlow process that "
-                f"exports from the {keras.backend.backend()!r} backend: {lines[-1]}\n"
-                "What the model uses of your own code (layers, activations, functions) must be "
-                "registered with Keras in a module that the process can import. Its last words:\n"
-                + "\n".join(lines[-12:])
+                f"exports from the {keras.backend.backend()!r} backend. "
+                + _last_words(child.stderr.splitlines())
             )
         products = json.loads(child.stdout.splitlines()[-1])
         parts = target.with_suffix(".parts").read_bytes()
         return LiteRTFile(target.read_bytes(), parts, tuple(Lowered(**p) for p in products))
+
+
+def _last_words(lines: list[str]) -> str:
+    """The exception that ended a process, from its traceback on the standard error."""
+    starts = [
+        i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)
+    ]
+    said = lines[starts[-1] :] if starts else lines[-12:]
+    text = "\n".join(said).split("\n\nArguments received by")[0] or "It said nothing."
+    if "register" in text or "ModuleNotFoundError" in text:
+        text += (
+            "\nWhat the model uses of your own code (layers, activations, functions) must be "
+            "registered with Keras in a module that the process can import."
+        )
+    return text
 
 
 def _modules_of(model: keras.Model) -> list[str]:

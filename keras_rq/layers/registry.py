@@ -108,6 +108,16 @@ def built_shape(layer: keras.layers.Layer) -> tuple[int | None, ...] | None:
     return next(iter((getattr(layer, "_build_shapes_dict", None) or {}).values()), None)
 
 
+def refuse_keras_quantization(layer: keras.layers.Layer) -> None:
+    """Raises for a layer that Keras itself has quantized; names it."""
+    mode = getattr(layer, "quantization_mode", None)
+    if mode is not None:
+        raise ValueError(
+            f"Layer {layer.path!r} carries Keras's own quantization ({mode!r}). Start from the "
+            "float model."
+        )
+
+
 def owns_weights(layer: keras.layers.Layer) -> bool:
     """Whether a report has a row for a layer: it has weights that are not its children's."""
     return bool(products_of(layer) or layer._trainable_variables or layer._non_trainable_variables)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import keras
+from keras.src.models.functional import Functional
 
 from keras_rq.layers.base import is_quantized
 from keras_rq.layers.products import Lookup, Product
@@ -16,11 +18,24 @@ from keras_rq.policy import LayerQuantization
 _FLOAT_BITS = 32.0
 
 
+class Use(NamedTuple):
+    """How a model uses a layer.
+
+    Attributes:
+        times: how often one call of the model calls it; None where that is not known.
+        shape: of its input, where the model knows more of it than the layer.
+    """
+
+    times: int | None = 1
+    shape: tuple[int | None, ...] | None = None
+
+
 def energy(
     layer: keras.layers.Layer,
     quantization: LayerQuantization,
     kernels: dict[str, Any],
-    steps: int | None,
+    density: float,
+    use: Use,
 ) -> float | None:
     """What the products of a layer and its kernels cost per sample.
 
@@ -28,19 +43,19 @@ def energy(
         layer: any layer.
         quantization: what it does with its operands.
         kernels: arrays, by the names of its products.
-        steps: how often a call of the model calls the layer, as `time_steps` counts.
+        density: share of their elements that are not pruned.
+        use: what `uses` says of the layer.
 
     Returns:
         The proxy, without data movement; None where a size is unknown.
     """
+    steps = use.times
     if quantization.matmuls is not None:
         return _energy_of_pairs(layer, as_number(quantization.matmuls.bits), steps)
     if not kernels:
         return 0.0
     products = products_of(layer)
-    weights = quantization.weights
-    density = weights.pattern.density if weights and weights.pattern else 1.0
-    shapes = built_shape(layer), None
+    shapes = use.shape or built_shape(layer), None
     if shapes[0] is not None:
         shapes = shapes[0], output_shape_of(layer)
     costs = [
@@ -71,16 +86,36 @@ def _bits_per_product(layer: keras.layers.Layer, name: str) -> float:
     return as_number(weights) * as_number(activations)
 
 
-def time_steps(model: keras.layers.Layer) -> dict[int, int | None]:
-    """How often one call of `model` calls a layer, by `id(layer)`, where it lies in a loop."""
-    found: dict[int, int | None] = {}
-    for outer in model._flatten_layers():
-        if (steps := steps_of(outer)) == 1:
-            continue
-        for inner in outer._flatten_layers(include_self=False):
-            before = found.get(id(inner), 1)
-            found[id(inner)] = None if None in (before, steps) else before * steps
+def uses(model: keras.layers.Layer) -> dict[int, Use]:
+    """How a model uses the layers within it, by `id(layer)`.
+
+    Calls are counted in graphs and in loops over time. A subclassed model does not say how often it
+    calls what it holds: once, then.
+    """
+    found: dict[int, Use] = {id(model): Use()}
+
+    def visit(outer: keras.layers.Layer, times: int | None) -> None:
+        steps = steps_of(outer)
+        nodes = outer._nodes_by_depth.values() if isinstance(outer, Functional) else ()
+        calls = Counter(id(node.operation) for depth in nodes for node in depth)
+        for inner in outer._flatten_layers(include_self=False, recursive=False):
+            factors = times, steps, max(calls[id(inner)], 1)
+            inside = None if None in factors else factors[0] * factors[1] * factors[2]
+            known = found.get(id(inner))
+            if known is None or (known.times is not None and (inside or 0) > known.times):
+                found[id(inner)] = Use(inside, _attended(outer, inner))
+                visit(inner, inside)
+
+    visit(model, 1)
     return found
+
+
+def _attended(outer: keras.layers.Layer, inner: keras.layers.Layer) -> tuple[Any, ...] | None:
+    """The input of attention's last projection, which Keras builds for queries of any number."""
+    query = (getattr(outer, "_build_shapes_dict", None) or {}).get("query_shape")
+    if query is None or inner is not getattr(outer, "_output_dense", None):
+        return None
+    return (*query[:-1], *built_shape(inner)[len(query) - 1 :])
 
 
 def as_number(bits: Bits | None) -> float:

@@ -14,17 +14,18 @@ import numpy as np
 from keras import ops
 
 from keras_rq import backend
+from keras_rq.layers import paths
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.layers.folding import norm_behind
 from keras_rq.layers.parameters import kept_with
 from keras_rq.layers.products import Product
-from keras_rq.layers.registry import owns_weights, products_of
+from keras_rq.layers.registry import owns_weights, products_of, refuse_keras_quantization
 from keras_rq.numerics.blocks import Blocks
 from keras_rq.policy import LayerQuantization
 from keras_rq.quantizers import Quantizer
 from keras_rq.quantizers.gdnsq import STORED_BITS
 from keras_rq.quantizers.tensor import QuantizedTensor
-from keras_rq.reports.energy import as_number, energy, time_steps
+from keras_rq.reports.energy import Use, as_number, energy, uses
 
 _FLOAT_BITS = 32
 _FLOAT = LayerQuantization(None, None)
@@ -40,7 +41,7 @@ class Row:
         activation_bits: 1, 1.5, 2 ... 8, "fp4", or 32 for float; None if it multiplies no input.
             Of a width that is trained: what it takes now, until it has come down to its target.
         weight_bits: likewise; None for products of two activations.
-        sparsity: fraction of kernel elements that the quantizer's pattern prunes.
+        sparsity: fraction of kernel elements that are pruned.
         parameters: number of all weights.
         kernel_elements: those that are multiplied or looked up.
         nbytes: stored bytes of all weights: packed codes, masks, scales and offsets; biases and
@@ -48,8 +49,9 @@ class Row:
         bits_per_element: stored bits of the kernels (codes, masks, scales, offsets) over their
             elements; None without kernels.
         energy: activation bits x weight bits x density x multiplications per sample: the proxy of
-            arXiv 2409.09245, without data movement. None where an output size is unknown. Products
-            of two activations count where a policy quantizes them.
+            arXiv 2409.09245, without data movement. None where an output size is unknown. A layer
+            that a graph calls several times counts as often, each time as large as it was built.
+            Products of two activations count where a policy quantizes them.
         sqnr_db: signal-to-quantization-noise ratio of the kernels in decibels; None in float.
         reason: why the layer stays in float, where it could be or was asked to be quantized.
         folded_into: path of the layer that folds this BatchNormalization into its kernel while it
@@ -168,7 +170,8 @@ def report(model: keras.layers.Layer, kept: dict[int, str] | None = None) -> Rep
         A `Report`.
 
     Raises:
-        TypeError, ValueError: if `model` is no Keras model or has not been built.
+        TypeError, ValueError: if `model` is no Keras model, has not been built, or is quantized by
+            Keras.
 
     Example:
 
@@ -184,14 +187,17 @@ def report(model: keras.layers.Layer, kept: dict[int, str] | None = None) -> Rep
             f"Model {model.name!r} is not built. Call it on a batch of data, or "
             "model.build(input_shape), first."
         )
-    kept, steps = kept or {}, time_steps(model)
+    paths.complete(model)
+    for layer in model._flatten_layers():
+        refuse_keras_quantization(layer)
+    kept, used = kept or {}, uses(model)
     layers = [
         layer
         for layer in model._flatten_layers()
         if owns_weights(layer) or id(layer) in kept or _matmuls_of(layer) is not None
     ]
     folded = _folded(model)
-    rows = [_row(layer, kept.get(id(layer)), steps.get(id(layer), 1)) for layer in layers]
+    rows = [_row(layer, kept.get(id(layer)), used[id(layer)]) for layer in layers]
     rows = [
         dataclasses.replace(row, folded_into=folded.get(id(layer)))
         for row, layer in zip(rows, layers, strict=True)
@@ -216,7 +222,7 @@ def _is_quantized(row: Row) -> bool:
     return any(bits not in (None, _FLOAT_BITS) for bits in (row.weight_bits, row.activation_bits))
 
 
-def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Row:
+def _row(layer: keras.layers.Layer, reason: str | None, use: Use) -> Row:
     quantization = layer.quantization if isinstance(layer, QuantizedLayer) else _FLOAT
     kernels = {name: _value(_kernel(layer, name)) for name in products_of(layer)}
     costs = [
@@ -224,7 +230,9 @@ def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Ro
         for name, product in products_of(layer).items()
     ]
     elements = sum(kernel.size for kernel in kernels.values())
-    own = [*layer._trainable_variables, *layer._non_trainable_variables]
+    # A wrapper may list the kernel of the layer that it holds.
+    inside = {id(v) for one in layer._flatten_layers(include_self=False) for v in _variables(one)}
+    own = [variable for variable in _variables(layer) if id(variable) not in inside]
     if isinstance(layer, QuantizedLayer):  # what training notes is no weight
         noted = {id(variable) for variable in kept_with(layer)}
         own = [variable for variable in own if id(variable) not in noted]
@@ -233,7 +241,7 @@ def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Ro
     learned = sum(v.size for name in kernels for v in _parameters(layer, name).values())
     stored = sum(cost.nbytes for cost in costs)
     widths = _widths(layer)
-    pattern = quantization.weights.pattern if quantization.weights else None
+    density = sum(cost.kept for cost in costs) / elements if elements else 1.0
     activations = widths.activations if _has_input(layer) else None
     if quantization.matmuls is not None:
         activations = quantization.matmuls.bits
@@ -242,15 +250,19 @@ def _row(layer: keras.layers.Layer, reason: str | None, steps: int | None) -> Ro
         layer=type(layer).__name__,
         activation_bits=activations,
         weight_bits=widths.weights if quantization.matmuls is None else None,
-        sparsity=1.0 - pattern.density if pattern else 0.0,
+        sparsity=1.0 - density,
         parameters=parameters,
         kernel_elements=elements,
         nbytes=stored + _FLOAT_BITS // 8 * (parameters - elements - learned),
         bits_per_element=8.0 * stored / elements if elements else None,
-        energy=energy(layer, quantization, kernels, steps),
+        energy=energy(layer, quantization, kernels, density, use),
         sqnr_db=_decibels(costs) if quantization.weights else None,
         reason=reason,
     )
+
+
+def _variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def _kernel(layer: keras.layers.Layer, name: str) -> Any:
@@ -262,6 +274,7 @@ def _kernel(layer: keras.layers.Layer, name: str) -> Any:
 
 class _Cost(NamedTuple):
     nbytes: int
+    kept: int
     signal: float
     noise: float
 
@@ -278,38 +291,47 @@ def _kernel_cost(
     product: Product,
     parameters: dict[str, np.ndarray],
 ) -> _Cost:
+    in_float = _Cost(_FLOAT_BITS // 8 * kernel.size, kernel.size, 0.0, 0.0)
     if quantizer is None:
-        return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)
+        return in_float
     blocks = product.kernel_blocks(quantizer)
     if as_number(quantizer.kernel_bits(kernel, blocks, parameters)) > STORED_BITS:
-        return _Cost(_FLOAT_BITS // 8 * kernel.size, 0.0, 0.0)  # nothing narrower holds it yet
-    quantized, values = _quantization(quantizer, blocks)(kernel, parameters)
+        return in_float  # nothing narrower holds it yet
+    quantized, values, kept = _quantization(quantizer, blocks)(kernel, parameters)
     error = ops.convert_to_numpy(values).astype(np.float64) - kernel
     return _Cost(
         quantized.nbytes,
+        kept,
         float(np.square(kernel, dtype=np.float64).sum()),
         float(np.square(error).sum()),
     )
 
 
 @functools.lru_cache(maxsize=64)
-def _quantization(quantizer: Quantizer, blocks: Blocks) -> Callable[..., tuple[Any, Any]]:
-    """Kernel and parameters to the quantized tensor and its values; compiled once a shape.
+def _quantization(quantizer: Quantizer, blocks: Blocks) -> Callable[..., tuple[Any, Any, int]]:
+    """Kernel and parameters to the quantized tensor, its values, and how many are not pruned.
+
+    Compiled once a shape.
 
     With parameters it runs as it stands: their values may say which codes there are.
     """
     tensors: dict[tuple[int, ...], QuantizedTensor] = {}
 
-    def arrays(kernel: Any, parameters: dict[str, Any]) -> tuple[Any, Any, Any]:
+    def arrays(kernel: Any, parameters: dict[str, Any]) -> tuple[Any, ...]:
         made = quantizer.quantize(kernel, blocks, parameters)
         tensors[tuple(kernel.shape)] = dataclasses.replace(made, codes=None, line=None)
-        return made.codes, made.line, made.dequantize()
+        mask = quantizer.keep_mask(quantizer.rotate(kernel, blocks), blocks)
+        kept = None if mask is None else ops.sum(ops.cast(mask, "int32"))
+        return made.codes, made.line, made.dequantize(), kept
 
     run = arrays if quantizer.has_parameters else backend.compiled(arrays)
 
-    def quantized(kernel: np.ndarray, parameters: dict[str, np.ndarray]) -> tuple[Any, Any]:
-        codes, line, values = run(kernel, parameters)
-        return dataclasses.replace(tensors[kernel.shape], codes=codes, line=line), values
+    def quantized(
+        kernel: np.ndarray, parameters: dict[str, np.ndarray]
+    ) -> tuple[QuantizedTensor, Any, int]:
+        codes, line, values, kept = run(kernel, parameters)
+        tensor = dataclasses.replace(tensors[kernel.shape], codes=codes, line=line)
+        return tensor, values, kernel.size if kept is None else int(kept)
 
     return quantized
 

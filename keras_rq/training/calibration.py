@@ -17,7 +17,7 @@ from keras.src.trainers import data_adapters
 from keras.src.trainers.data_adapters import data_adapter_utils
 
 from keras_rq import backend
-from keras_rq.layers import parameters
+from keras_rq.layers import parameters, paths
 from keras_rq.layers.base import QuantizedLayer, all_lowered_by, is_quantized
 from keras_rq.training import optimizers
 from keras_rq.training.guards import remove_guards
@@ -80,6 +80,7 @@ def calibrate(
     ['offset', 'range_origin', 'range_scale', 'scale']
     """
     layers = _check(model, method, batches)
+    paths.complete(model)
     observers: _Observers = {}
     observing = all_lowered_by(model, lambda layer: _observing(layer, observers))
     with backend.eagerly(), _without_remat(model), observing:

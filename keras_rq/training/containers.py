@@ -127,6 +127,14 @@ class _Envelope:
     def from_config(cls, config: dict[str, Any]) -> keras.layers.Layer:
         return QuantizedContainer.from_config(config)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Keras's own names the class by its module, and an envelope is in none.
+        return _unpickled, super().__reduce__()[1]
+
+
+def _unpickled(buffer: Any) -> keras.layers.Layer:
+    return keras.layers.Layer._unpickle_model(buffer)
+
 
 @keras.saving.register_keras_serializable(_PACKAGE)
 class QuantizedContainer:

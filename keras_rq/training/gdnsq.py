@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_rq import quantizers
-from keras_rq.layers import parameters
+from keras_rq.layers import parameters, paths
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.training.annealing import anneal, rate_at, rate_of
 from keras_rq.training.surgery import forget_compiled_functions, quantized_layers
@@ -94,6 +94,7 @@ class GDNSQ(keras.callbacks.Callback):
 
     def set_model(self, model: keras.Model) -> None:
         super().set_model(model)
+        paths.complete(model)
         self._operands = _operands(model)
         self._progress = parameters.keep(self._operands[0].layer, _PROGRESS, (3,))
         # Now, because a rate that is a number is a variable of the optimizer, and a backup that is

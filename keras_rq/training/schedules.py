@@ -13,6 +13,7 @@ from typing import Any
 
 import keras
 
+from keras_rq.layers import paths
 from keras_rq.layers.base import QuantizedLayer
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
 from keras_rq.quantizers import Quantizer
@@ -269,6 +270,7 @@ def _resolve(
             f"Model {model.name!r} has no quantized layer to change. Call "
             "`model.quantize(policy)` before `fit`."
         )
+    paths.complete(model)
     containers = surgery.containers_around(model)
     around = [containers.get(id(layer), []) for layer in layers]
     matched = [rule is None or rule.matches(*pair) for pair in zip(layers, around, strict=True)]

@@ -14,11 +14,17 @@ from dataclasses import dataclass, field, replace
 import keras
 
 from keras_rq import backend
-from keras_rq.layers import folding
+from keras_rq.layers import folding, paths
 from keras_rq.layers.base import QuantizedLayer, is_quantized
 from keras_rq.layers.integer import reason_for_float
 from keras_rq.layers.products import Convolution
-from keras_rq.layers.registry import owns_weights, pairs_of, products_of, quantized_class
+from keras_rq.layers.registry import (
+    owns_weights,
+    pairs_of,
+    products_of,
+    quantized_class,
+    refuse_keras_quantization,
+)
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
 from keras_rq.training import containers, guards, optimizers, unreached
 
@@ -80,14 +86,14 @@ def quantize(
 
 
 def _warn_of_float_products(plan: Plan) -> None:
-    paths: dict[str, list[str]] = {}
+    found: dict[str, list[str]] = {}
     for layer, quantization in plan.quantized:
         if quantization.forward is None:
             continue
         for product in products_of(layer).values():
             if (reason := reason_for_float(product, quantization)) is not None:
-                paths.setdefault(reason, []).append(layer.path)
-    for reason, of in paths.items():
+                found.setdefault(reason, []).append(layer.path)
+    for reason, of in found.items():
         warnings.warn(
             f"forward='int8' leaves the products of {len(of)} layers in float, because of each "
             f"{reason}: {', '.join(of[:3])}{', ...' if len(of) > 3 else ''}.",
@@ -96,15 +102,15 @@ def _warn_of_float_products(plan: Plan) -> None:
 
 
 def _warn_of_flash_attention(plan: Plan) -> None:
-    paths = [
+    found = [
         layer.path
         for layer, quantization in plan.quantized
         if quantization.matmuls is not None and getattr(layer, "_flash_attention", None)
     ]
-    if paths:
+    if found:
         warnings.warn(
             "Flash attention fuses the products that `matmuls` quantizes, and is not used in "
-            f"{len(paths)} layers: {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''}.",
+            f"{len(found)} layers: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}.",
             stacklevel=4,
         )
 
@@ -114,6 +120,7 @@ def make_plan(model: keras.layers.Layer, policy: QuantizationPolicy, filters: Fi
     _check_arguments(model, policy, filters)
     layers = model._flatten_layers()
     _check_state(model, layers)
+    paths.complete(model)
     plan, used, containers_of = Plan(), set(), containers_around(model)
     for layer in layers:
         around = containers_of.get(id(layer), [])
@@ -273,11 +280,7 @@ def _check_state(model: keras.layers.Layer, layers: list[keras.layers.Layer]) ->
                 f"Layer {layer.path!r} is quantized already ({layer.quantization}). Quantize the "
                 "float model once, with all rules in one policy."
             )
-        if getattr(layer, "quantization_mode", None) is not None:
-            raise ValueError(
-                f"Layer {layer.path!r} carries Keras's own quantization "
-                f"({layer.quantization_mode!r}). Start from the float model."
-            )
+        refuse_keras_quantization(layer)
         if quantized_class(type(layer)) is not None and not layer.built:
             raise ValueError(
                 f"Layer {layer.name!r} of {model.name!r} is not built: its kernel does not exist "

@@ -303,6 +303,40 @@ def test_half_precision_is_refused_with_the_layer(tmp_path: Path):
         rq.export(model, tmp_path / "m.tflite")
 
 
+@pytest.mark.once
+def test_keras_own_quantization_is_refused_with_the_layer(tmp_path: Path):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="own")])
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"own' carries Keras's own quantization \('int8'\)"):
+        rq.export(model, tmp_path / "m.tflite")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("policy", [None, "A4W4"])
+def test_a_stateful_layer_is_refused(policy: str | None, tmp_path: Path):
+    recurrent = layers.LSTM(4, stateful=True, name="keeps")
+    model = keras.Sequential([keras.Input(batch_shape=(4, 5, 3)), recurrent])
+    if policy is not None:
+        model.quantize(rq.QuantizationPolicy(policy), verbose=False)
+    with pytest.raises(ValueError, match=r"keeps' is stateful.*stateful=False"):
+        rq.export(model, tmp_path / "m.tflite", batch_size=4)
+
+
+class Spectrum(layers.Layer):
+    """Of rows and columns, for which LiteRT has no operator."""
+
+    def call(self, x: Any) -> Any:
+        return keras.ops.fft2((x, keras.ops.zeros_like(x)))[0]
+
+
+@pytest.mark.once
+def test_operators_that_litert_lacks_are_named(tmp_path: Path):
+    model = keras.Sequential([keras.Input((8, 8)), layers.Dense(8), Spectrum()])
+    with pytest.raises(ValueError, match=r"computes tf\.Complex, tf\.FFT2D, which LiteRT has no"):
+        rq.export(model, tmp_path / "m.tflite")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Verification.
 
 
@@ -423,6 +457,15 @@ def test_a_child_process_knows_registered_functions(tmp_path: Path):
     model.quantize(rq.QuantizationPolicy("A8W8"), verbose=False)
     result = rq.export(model, tmp_path / "m.tflite", verbose=False)
     assert [p.kernel for p in result.products] == ["integer"]
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the child is the same for all; PyTorch is quickest")
+def test_what_a_child_process_fails_at_is_said(tmp_path: Path):
+    """TensorFlow takes no such name."""
+    model = keras.Sequential([keras.Input((16,)), layers.Dense(8, name="größe")])
+    with pytest.raises(ValueError, match="(?s)'torch' backend. ValueError: .*größe") as error:
+        rq.export(model, tmp_path / "m.tflite")
+    assert "must be registered" not in str(error.value)
 
 
 class InScript(layers.Layer):

@@ -208,7 +208,10 @@ def test_a_preset_is_of_a_float_model(tmp_path: Path):
 @pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "in_float"),
-    [("bert", {"token_embedding/embeddings", "segment_embedding/embeddings"}), ("resnet", set())],
+    [
+        ("bert", {f"bert_backbone/{of}_embedding/embeddings" for of in ("token", "segment")}),
+        ("resnet", set()),
+    ],
 )
 def test_export(name: str, in_float: set[str], tmp_path: Path):
     pytest.importorskip("ai_edge_litert")

@@ -164,11 +164,44 @@ def test_attention_counts_its_projections():
     rows = rq.report(model).rows
     energy = {row.path.split("/")[-1]: row.energy for row in rows}
     projection = 4 * 1 * (8 * 2 * 4) * 5
-    # Keras builds the last one for sequences of any length.
-    open_ = {"attention_output": None}
-    assert energy == {"query": projection, "key": projection, "value": projection, **open_}
+    names = ("query", "key", "value", "attention_output")
+    assert energy == dict.fromkeys(names, projection)
     # 64 bits, and scale and offset of 8 channels each.
     assert [row.nbytes for row in rows] == [8 + 8 * 8] * 4
+
+
+def test_a_layer_that_a_graph_calls_several_times_counts_as_often():
+    x = keras.Input((5, 6))
+    dense, twice = layers.Dense(6, use_bias=False, name="d"), keras.Input((5, 6))
+    twice = keras.Model(twice, dense(dense(twice)))
+    model = keras.Model(x, layers.Dense(2, use_bias=False, name="head")(twice(twice(twice(x)))))
+    energy = {row.path.split("/")[-1]: row.energy for row in rq.report(model).rows}
+    assert energy == {"d": 6 * 5 * 6 * 6 * 32 * 32, "head": 5 * 6 * 2 * 32 * 32}
+
+
+def test_a_loop_within_a_graph():
+    x = keras.Input((7, 5, 6))
+    inner = keras.Input((5, 6))
+    dense = layers.Dense(6, use_bias=False, name="d")
+    part = keras.Model(inner, dense(dense(inner)))
+    model = keras.Model(x, layers.TimeDistributed(part)(x))
+    (row,) = rq.report(model).rows
+    assert row.energy == 7 * 2 * 5 * 6 * 6 * 32 * 32
+
+
+def test_a_kernel_that_a_wrapper_lists_too_counts_once():
+    inner = layers.Conv2D(6, 3, use_bias=False)
+    model = keras.Sequential([keras.Input((8, 8, 4)), layers.SpectralNormalization(inner)])
+    report = model.quantize(A4W1, verbose=False)
+    assert report.total.parameters == model.count_params() == 3 * 3 * 4 * 6 + 6
+    assert report.total.nbytes == 3 * 3 * 4 * 6 // 8 + 6 * 8 + 4 * 6
+
+
+def test_keras_own_quantization_is_refused():
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="own")])
+    model.quantize("int8")
+    with pytest.raises(ValueError, match=r"own' carries Keras's own quantization \('int8'\)"):
+        rq.report(model)
 
 
 def test_embedding_multiplies_nothing():
@@ -242,6 +275,10 @@ def test_sparse_storage_is_a_mask_and_the_codes_that_are_not_zero():
     assert row.sparsity == 0.5
     assert row.energy == 8 * 4 * 0.5 * 48 * 6
     assert row.nbytes == 48 * 6 // 8 + math.ceil(np.count_nonzero(codes) / 2) + 4 * 6
+    # Of what is left at the end as many are kept, if there are as many.
+    rest = row_of(layers.Dense(6, use_bias=False), (7,), rq.QuantizationPolicy("A8W4-2:4"))
+    assert rest.sparsity == pytest.approx(3 / 7)
+    assert rest.energy == pytest.approx(8 * 4 * 4 * 6)
 
 
 def test_a_learned_step_is_the_stored_scale_and_counts_once():

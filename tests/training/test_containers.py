@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,13 @@ def test_an_unregistered_class_is_named_when_loading(tmp_path: Path):
     loaded = saved_and_loaded(model, tmp_path, custom_objects={"Tower": Tower})
     assert isinstance(loaded, Tower) and loaded.width == 3
     assert_same(loaded, model)
+
+
+def test_a_container_is_pickled_as_its_class_is():
+    model = keras.saving.register_keras_serializable("test_containers")(Tower)(3)
+    model(X)
+    model.quantize(A4W1, verbose=False)
+    assert_same(pickle.loads(pickle.dumps(model)), model)
 
 
 def test_containers_within_containers(tmp_path: Path):

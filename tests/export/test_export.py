@@ -463,7 +463,7 @@ def test_a_child_process_knows_registered_functions(tmp_path: Path):
 def test_what_a_child_process_fails_at_is_said(tmp_path: Path):
     """TensorFlow takes no such name."""
     model = keras.Sequential([keras.Input((16,)), layers.Dense(8, name="größe")])
-    with pytest.raises(ValueError, match="(?s)'torch' backend. ValueError: .*größe") as error:
+    with pytest.raises(ValueError, match=r"(?s)'torch' backend. ValueError: .*größe") as error:
         rq.export(model, tmp_path / "m.tflite")
     assert "must be registered" not in str(error.value)
 

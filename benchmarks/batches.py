@@ -69,7 +69,8 @@ def _on_device(
     count = len(choices) // together
     parts = (np.stack(part[: count * together]) for part in zip(*choices, strict=True))
     plan = jax.device_put([part.reshape(count, together, *part.shape[1:]) for part in parts])
-    places = jax.device_put([np.int32(place) for place in range(count)])
+    # Parts of one array: each transfer of its own would leave a thread behind.
+    places = list(jax.numpy.arange(count, dtype="int32"))
 
     @jax.jit
     def batch(data: tuple[Any, ...], plan: list[Any], place: Any) -> tuple[Any, Any]:

@@ -196,7 +196,7 @@ class QuantizationPolicy(keras.quantizers.QuantizationConfig):
             "A1W1-channel", "A4W1-128-2:4", "W4" (weights only). Bits are 1, 1.5 (ternary), 2 to 8
             or fp4; N:M sparsity falls on the weights. The quantizers are `Ridge`, at up to two bits
             with fading gradients; ternary inputs have an offset; where both operands have one bit,
-            both are rotated. `keras_rq.presets` has others.
+            or both two, both are rotated. `keras_rq.presets` has others.
         weights: quantizer of kernels, or a bit width; replaces what `spec` says.
         activations: quantizer of layer inputs, or a bit width; replaces what `spec` says. None
             leaves what `spec` says; for weights alone write "W4". A rotation that both operands

@@ -46,6 +46,7 @@ ROTATED = functools.partial(Ridge, 1, fade=1.2, rotation="hadamard")
         ("A1W1", ROTATED(), ROTATED()),
         ("A1W1-channel", ROTATED(block_size="channel"), ROTATED(block_size="channel")),
         ("A1W1-64-2:4", ROTATED(block_size=64, sparsity="2:4"), ROTATED(block_size=64)),
+        ("A2W2", *[Ridge(2, fade=2.5, rotation="hadamard")] * 2),
         ("A1W1.5", Ridge(1.5, fade=1.0), Ridge(1, fade=1.6)),
         ("A4W2-tensor", Ridge(2, fade=1.3, block_size="tensor"), Ridge(4, block_size="tensor")),
         ("A4W4-2:4", Ridge(4, sparsity="2:4"), Ridge(4)),

@@ -264,6 +264,29 @@ def test_a_sequential_is_in_its_paths_after_loading_too(tmp_path: Path):
         assert [row.path for row in rq.report(one).rows] == ["net/dense"]
 
 
+@keras.saving.register_keras_serializable("test_policy")
+class Holding(keras.Model):
+    """A sub-model and a layer, in a subclassed model."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.part = keras.Sequential([layers.Dense(6, name="inner")], name="part")
+        self.own = layers.Dense(6, name="own")
+
+    def call(self, x: Any) -> Any:
+        return self.own(self.part(x))
+
+
+def test_a_subclassed_model_is_in_its_paths_after_loading_too(tmp_path: Path):
+    model = Holding(name="holding")
+    model(keras.ops.ones((2, 6)))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    for one in (model, loaded):
+        paths = {row.path for row in rq.report(one).rows}
+        assert paths == {"holding/part/inner", "holding/own"}
+
+
 def test_a_class_matches_its_subclasses_and_their_quantized_forms():
     class Mine(layers.Dense):
         pass

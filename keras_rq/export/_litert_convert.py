@@ -36,19 +36,20 @@ def convert(graph: IntegerGraph, concrete_function: Any) -> bytes:
         try:
             buffer = converter.convert()
         except Exception as error:  # the class has no public name
-            raise ValueError(_what_failed(str(error))) from error
+            raise ValueError(_what_failed(error)) from error
     return patch_weights(buffer, graph.patches, signature)
 
 
-def _what_failed(text: str) -> str:
+def _what_failed(error: Exception) -> str:
     """What the converter says, without the call sites."""
+    text = str(error)
     lacking = sorted(set(re.findall(r"'(tf\.\w+)' op is neither a custom op nor a flex op", text)))
     if lacking:
         return (
             f"The model computes {', '.join(lacking)}, which LiteRT has no operator for. Export "
             "the part of the model without it, or write it with other operations."
         )
-    errors = re.findall(r"error: (.*)", text) or text.splitlines()
+    errors = re.findall(r"error: (.*)", text) or text.splitlines() or [repr(error)]
     return f"TensorFlow's converter cannot translate the model: {errors[0][:500]}"
 
 

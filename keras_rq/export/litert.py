@@ -6,9 +6,9 @@ travels as a .keras file; the result is compared with the user's own model all t
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -161,12 +161,13 @@ def _build_in_child(model: keras.Model, specs: Any, optimize: str) -> LiteRTFile
 
 def _last_words(lines: list[str]) -> str:
     """The exception that ended a process, from its traceback on the standard error."""
-    starts = [
-        i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)
-    ]
-    said = lines[starts[-1] :] if starts else lines[-12:]
+    ends = [i for i, line in enumerate(lines) if line.startswith("Traceback (")]
+    said = lines[-12:]
+    if ends:
+        frames = itertools.takewhile(lambda line: line.startswith(" "), lines[ends[-1] + 1 :])
+        said = lines[ends[-1] + 1 + len(list(frames)) :]
     text = "\n".join(said).split("\n\nArguments received by")[0] or "It said nothing."
-    if "register" in text or "ModuleNotFoundError" in text:
+    if "register_keras_serializable" in text or "ModuleNotFoundError" in text:
         text += (
             "\nWhat the model uses of your own code (layers, activations, functions) must be "
             "registered with Keras in a module that the process can import."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 import keras
+from keras.src.models.functional import Functional
 
 
 def complete(model: keras.layers.Layer) -> None:
@@ -15,10 +16,10 @@ def complete(model: keras.layers.Layer) -> None:
     `dense`, like any other of that name.
 
     Args:
-        model: a built model (or layer); paths are those from there on, with the name of a
-            Sequential in front, as Keras has it.
+        model: a built model (or layer). Paths begin with what it holds if it is a graph, and else
+            with its own name, as Keras has it. A path that says more already stays.
     """
-    start = f"{model.name}/" if isinstance(model, keras.Sequential) else ""
+    start = "" if isinstance(model, Functional) else f"{model.name}/"
     waiting, seen = deque([(model, start)]), {id(model)}
     while waiting:
         outer, before = waiting.popleft()

@@ -9,7 +9,7 @@ import keras
 from keras.src.models.functional import Functional
 
 from keras_rq.layers.base import is_quantized
-from keras_rq.layers.products import Lookup, Product
+from keras_rq.layers.products import Lookup, Product, ReversedLookup
 from keras_rq.layers.recurrent import steps_of
 from keras_rq.layers.registry import built_shape, output_shape_of, products_of
 from keras_rq.numerics.grids import Bits
@@ -90,24 +90,45 @@ def uses(model: keras.layers.Layer) -> dict[int, Use]:
     """How a model uses the layers within it, by `id(layer)`.
 
     Calls are counted in graphs and in loops over time. A subclassed model does not say how often it
-    calls what it holds: once, then.
+    calls what it holds: once, then. What several of them hold counts as in the one that calls it
+    most.
     """
     found: dict[int, Use] = {id(model): Use()}
 
-    def visit(outer: keras.layers.Layer, times: int | None) -> None:
-        steps = steps_of(outer)
-        nodes = outer._nodes_by_depth.values() if isinstance(outer, Functional) else ()
-        calls = Counter(id(node.operation) for depth in nodes for node in depth)
+    def visit(outer: keras.layers.Layer, times: int | None, around: tuple[int, ...]) -> None:
+        steps, calls = steps_of(outer), _calls(outer)
         for inner in outer._flatten_layers(include_self=False, recursive=False):
+            if id(inner) in around:
+                continue
             factors = times, steps, max(calls[id(inner)], 1)
             inside = None if None in factors else factors[0] * factors[1] * factors[2]
             known = found.get(id(inner))
-            if known is None or (known.times is not None and (inside or 0) > known.times):
+            if known is None or _is_more(inside, known.times):
                 found[id(inner)] = Use(inside, _attended(outer, inner))
-                visit(inner, inside)
+                visit(inner, inside, (*around, id(inner)))
 
-    visit(model, 1)
+    visit(model, 1, (id(model),))
     return found
+
+
+def _is_more(times: int | None, than: int | None) -> bool:
+    """Of calls; a number that is not known is the most."""
+    return than is not None and (times is None or times > than)
+
+
+def _calls(outer: keras.layers.Layer) -> Counter[int]:
+    """How often a graph calls each of its layers to multiply, by `id(layer)`; none without one."""
+    nodes = outer._nodes_by_depth.values() if isinstance(outer, Functional) else ()
+    return Counter(id(node.operation) for depth in nodes for node in depth if _multiplies(node))
+
+
+def _multiplies(node: Any) -> bool:
+    """Whether a call of a table, if it is one, does not look rows up."""
+    products = products_of(node.operation) if isinstance(node.operation, keras.Layer) else {}
+    if not any(isinstance(product, ReversedLookup) for product in products.values()):
+        return True
+    given = node.arguments
+    return bool(given.kwargs.get("reverse", given.args[1] if len(given.args) > 1 else False))
 
 
 def _attended(outer: keras.layers.Layer, inner: keras.layers.Layer) -> tuple[Any, ...] | None:

@@ -50,8 +50,9 @@ class Row:
             elements; None without kernels.
         energy: activation bits x weight bits x density x multiplications per sample: the proxy of
             arXiv 2409.09245, without data movement. None where an output size is unknown. A layer
-            that a graph calls several times counts as often, each time as large as it was built.
-            Products of two activations count where a policy quantizes them.
+            that a graph calls several times counts as often, each time as large as it was built;
+            one that several models hold, as in the one that calls it most. Products of two
+            activations count where a policy quantizes them.
         sqnr_db: signal-to-quantization-noise ratio of the kernels in decibels; None in float.
         reason: why the layer stays in float, where it could be or was asked to be quantized.
         folded_into: path of the layer that folds this BatchNormalization into its kernel while it

@@ -59,7 +59,7 @@ class Annealed(keras.optimizers.schedules.LearningRateSchedule):
 
 def anneal(optimizer: Any, decay: float, done: int, is_on: bool) -> None:
     """Gives an optimizer its rate times the decay of `done` steps, and of all from now on."""
-    inner = _inner(optimizer)
+    inner = inner_optimizer(optimizer)
     # What Keras calls a schedule with, which goes on where gradients are only accumulated.
     since = int(ops.convert_to_numpy(inner._iterations)) if is_on else None
     inner.learning_rate = Annealed(rate_of(optimizer), decay, done, since)
@@ -71,7 +71,7 @@ def rate_of(optimizer: Any) -> float | keras.optimizers.schedules.LearningRateSc
     Raises:
         ValueError: it has no rate, or one that cannot be replaced.
     """
-    rate = getattr(_inner(optimizer), "_learning_rate", None)
+    rate = getattr(inner_optimizer(optimizer), "_learning_rate", None)
     if isinstance(rate, Annealed):
         return rate.base
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
@@ -89,6 +89,6 @@ def rate_at(rate: float | keras.optimizers.schedules.LearningRateSchedule, step:
     return float(ops.convert_to_numpy(rate(step))) if callable(rate) else rate
 
 
-def _inner(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that a LossScaleOptimizer wraps."""
     return getattr(optimizer, "inner_optimizer", optimizer)

@@ -105,7 +105,7 @@ class GDNSQ(keras.callbacks.Callback):
     def on_train_begin(self, logs: Any = None) -> None:
         rate = rate_of(self.model.optimizer)
         self._growth = 2.0 * rate_at(rate, self.warmup) if self.growth is None else self.growth
-        self._has_begun = False
+        self._has_begun = self._has_stepped = False
         _penalise(self.model, self.add_penalty)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
@@ -116,6 +116,9 @@ class GDNSQ(keras.callbacks.Callback):
             self.converged = self._batches > 0 and self._has_converged()
             self._anneal()
 
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._has_stepped = True
+
     def on_train_end(self, logs: Any = None) -> None:
         _release(self.model)
 
@@ -123,7 +126,7 @@ class GDNSQ(keras.callbacks.Callback):
         before, mean_before = self._batches, self._mean
         self._batches, self._mean, self._annealed = self._read()
         new = self._batches - before
-        if new == 0:
+        if self._has_stepped and self._batches == 0:
             raise RuntimeError(
                 f"No training step of model {self.model.name!r} has called `compute_loss`, where "
                 "GDNSQ adds its penalty: bit widths stay as they are. Let `train_step` take its "

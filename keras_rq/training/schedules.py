@@ -18,6 +18,7 @@ from keras_rq.layers.base import QuantizedLayer
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
 from keras_rq.quantizers import Quantizer
 from keras_rq.training import surgery
+from keras_rq.training.annealing import inner_optimizer
 
 _OPERANDS = ("weights", "activations")
 _FLOAT = LayerQuantization(None, None)
@@ -91,7 +92,7 @@ class QuantizationSchedule(keras.callbacks.Callback):
             self._reach(epoch)
         else:
             # Read here: within an epoch the variables are not always up to date.
-            inner = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+            inner = inner_optimizer(self.model.optimizer)
             self._first_batch = int(keras.ops.convert_to_numpy(inner._iterations))
             self._batches_of_step = inner.gradient_accumulation_steps or 1
 

@@ -311,6 +311,18 @@ def test_a_loss_that_overflows_once_is_not_remembered():
 
 
 @pytest.mark.once
+def test_data_that_runs_out():
+    """Keras warns, and ends the epochs that have no batch."""
+    batches = ((X[i : i + 8], Y[i : i + 8]) for i in range(0, 48, 8))
+    callback = rq.callbacks.GDNSQ(warmup=4, growth=0.4)
+    with pytest.warns(UserWarning, match="ran out of data"):
+        compiled(quantized()).fit(
+            batches, steps_per_epoch=3, epochs=4, callbacks=[callback], verbose=0
+        )
+    assert len(callback.widths) == 4
+
+
+@pytest.mark.once
 def test_a_training_step_that_does_not_ask_for_the_loss():
     import tensorflow as tf
 

@@ -189,6 +189,25 @@ def test_a_loop_within_a_graph():
     assert row.energy == 7 * 2 * 5 * 6 * 6 * 32 * 32
 
 
+def test_a_table_that_is_looked_up_and_multiplied_multiplies_once():
+    x = keras.Input((5,), dtype="int32")
+    table = layers.ReversibleEmbedding(7, 6, name="table")
+    (row,) = rq.report(keras.Model(x, table(table(x), reverse=True))).rows
+    assert row.energy == 5 * 6 * 7 * 32 * 32
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_loop_of_unknown_length_leaves_the_energy_open(is_first: bool):
+    x, y = keras.Input((None, 6)), keras.Input((6,))
+    dense = layers.Dense(6)
+    parts = [lambda: layers.TimeDistributed(dense)(x), lambda: dense(y)]
+    for part in parts if is_first else parts[::-1]:
+        part()
+    outputs = [part() for part in (parts if is_first else parts[::-1])]
+    (row,) = rq.report(keras.Model([x, y], outputs)).rows
+    assert row.energy is None
+
+
 def test_a_kernel_that_a_wrapper_lists_too_counts_once():
     inner = layers.Conv2D(6, 3, use_bias=False)
     model = keras.Sequential([keras.Input((8, 8, 4)), layers.SpectralNormalization(inner)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -164,8 +165,8 @@ def _last_words(lines: list[str]) -> str:
     ends = [i for i, line in enumerate(lines) if line.startswith("Traceback (")]
     said = lines[-12:]
     if ends:
-        frames = itertools.takewhile(lambda line: line.startswith(" "), lines[ends[-1] + 1 :])
-        said = lines[ends[-1] + 1 + len(list(frames)) :]
+        after = lines[ends[-1] + 1 :]
+        said = itertools.dropwhile(lambda line: not re.match(r"[A-Za-z_][\w.]*(:|$)", line), after)
     text = "\n".join(said).split("\n\nArguments received by")[0] or "It said nothing."
     if "register_keras_serializable" in text or "ModuleNotFoundError" in text:
         text += (

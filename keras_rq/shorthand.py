@@ -51,9 +51,10 @@ Recipe = Callable[[Wanted], Quantizer]
 _FADES = {1: 1.6, 1.5: 1.0, 2: 1.3}
 # Fields by the bits of both operands. With one bit each, rotations were worth 0.03 of nanoGPT's
 # accuracy after 5,000 steps at the rate 0.004 (0.002 after 2,000 at 0.001). With two bits each they
-# are worth nothing there (2,000 steps: 0.557 and 0.557), and much to ResNet-20, whose inputs a ReLU
-# has made (`benchmarks/resnet20.py`, 30 epochs: 0.862 without them, and 0.889, 0.893 and 0.892 with
-# fades of 1.6, 2.5 and 4). With three levels they cost nanoGPT 0.011 and gave ResNet-20 0.05.
+# are worth nothing there (2,000 steps, a fade of 2.5: 0.558 without, 0.557 with), and much to
+# ResNet-20, whose inputs a ReLU has made (`benchmarks/resnet20.py`, 30 epochs: without, 0.862 and
+# 0.843 with fades of 1.3 and 2.5; with, 0.889, 0.893 and 0.892 with fades of 1.6, 2.5 and 4). With
+# three levels they cost nanoGPT 0.013 to 0.015 and gave ResNet-20 0.05.
 _OF_BOTH = {
     (1, 1): {"fade": 1.2, "rotation": "hadamard"},
     (2, 2): {"fade": 2.5, "rotation": "hadamard"},

@@ -114,7 +114,8 @@ def export(
         FileNotFoundError: if the folder of `path` does not exist.
         ImportError: without TensorFlow or ai-edge-litert; names the extra to install.
         ExportMismatch: if the file does not compute what the model computes.
-        TypeError, ValueError: wrong arguments, or a model that cannot be traced.
+        TypeError, ValueError: wrong arguments, a model that cannot be traced or that LiteRT lacks
+            operators for, a layer that Keras itself has quantized, or a stateful recurrent one.
 
     Example:
 

@@ -90,8 +90,8 @@ def uses(model: keras.layers.Layer) -> dict[int, Use]:
     """How a model uses the layers within it, by `id(layer)`.
 
     Calls are counted in graphs and in loops over time. A subclassed model does not say how often it
-    calls what it holds: once, then. What several of them hold counts as in the one that calls it
-    most.
+    calls what it holds: once, then, as does a table that a graph only looks up. What several of
+    them hold counts as in the one that calls it most.
     """
     found: dict[int, Use] = {id(model): Use()}
 

@@ -57,6 +57,7 @@ class GDNSQ(keras.callbacks.Callback):
     Raises:
         ValueError: names the argument, the value received and what is accepted; when `fit` begins,
             also for a model without such a quantizer, or whose learning rate cannot be changed.
+        RuntimeError: when an epoch ends and no training step has called the model's `compute_loss`.
 
     Example:
 

@@ -7,6 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_rq.training.optimizers import inner_optimizer
+
 
 @keras.saving.register_keras_serializable("keras_rq")
 class Annealed(keras.optimizers.schedules.LearningRateSchedule):
@@ -87,8 +89,3 @@ def rate_of(optimizer: Any) -> float | keras.optimizers.schedules.LearningRateSc
 def rate_at(rate: float | keras.optimizers.schedules.LearningRateSchedule, step: int) -> float:
     """A rate at a step, as a number."""
     return float(ops.convert_to_numpy(rate(step))) if callable(rate) else rate
-
-
-def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer that a LossScaleOptimizer wraps."""
-    return getattr(optimizer, "inner_optimizer", optimizer)

@@ -129,11 +129,7 @@ class _Envelope:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Keras's own names the class by its module, and an envelope is in none.
-        return _unpickled, super().__reduce__()[1]
-
-
-def _unpickled(buffer: Any) -> keras.layers.Layer:
-    return keras.layers.Layer._unpickle_model(buffer)
+        return keras.layers.Layer._unpickle_model, super().__reduce__()[1]
 
 
 @keras.saving.register_keras_serializable(_PACKAGE)

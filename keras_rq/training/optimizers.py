@@ -38,7 +38,7 @@ def renewed(model: keras.Model, dropped: Collection[Any] = ()) -> Any:
     old = getattr(model, "optimizer", None)
     if old is None or not old.built:
         return None
-    known = {id(variable) for variable in _inner(old)._trainable_variables}
+    known = {id(variable) for variable in inner_optimizer(old)._trainable_variables}
     wanted = {id(variable) for variable in model.trainable_variables}
     if wanted <= known and known.isdisjoint(id(variable) for variable in dropped):
         return None
@@ -70,6 +70,6 @@ def _by_name(optimizer: Any) -> dict[str, list[Any]]:
     return found
 
 
-def _inner(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """The optimizer that a LossScaleOptimizer wraps."""
     return getattr(optimizer, "inner_optimizer", optimizer)

@@ -18,7 +18,7 @@ from keras_rq.layers.base import QuantizedLayer
 from keras_rq.policy import LayerQuantization, QuantizationPolicy, Rule
 from keras_rq.quantizers import Quantizer
 from keras_rq.training import surgery
-from keras_rq.training.annealing import inner_optimizer
+from keras_rq.training.optimizers import inner_optimizer
 
 _OPERANDS = ("weights", "activations")
 _FLOAT = LayerQuantization(None, None)

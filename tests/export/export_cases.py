@@ -27,6 +27,13 @@ def tripled(x: Any) -> Any:
     return 3 * x
 
 
+def dense(**arguments: Any) -> keras.Model:
+    """One quantized layer of 16 inputs and 8 outputs."""
+    model = keras.Sequential([keras.Input((16,), name="x"), layers.Dense(8, name="d")], name="net")
+    model.quantize(rq.QuantizationPolicy(**{"spec": "A4W1", **arguments}), verbose=False)
+    return model
+
+
 BRANCHES = {
     "dense": lambda i: layers.Dense(12, name="dense")(i["flat"]),
     "relu": lambda i: layers.Dense(12, "relu", use_bias=False, name="relu")(i["flat"]),

@@ -24,6 +24,7 @@ from export_cases import (
     Doubled,
     both,
     branches,
+    dense,
     inputs,
     tripled,
 )
@@ -54,12 +55,6 @@ def differences(path: Path, model: keras.Model, arrays: dict[str, np.ndarray]) -
     expected = [np.concatenate([to_numpy(y) for y in ys]) for ys in zip(*samples, strict=True)]
     pairs = zip(run(path, arrays), expected, strict=True)
     return [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs]
-
-
-def dense(**arguments: Any) -> keras.Model:
-    model = keras.Sequential([keras.Input((16,), name="x"), layers.Dense(8, name="d")], name="net")
-    model.quantize(rq.QuantizationPolicy(**{"spec": "A4W1", **arguments}), verbose=False)
-    return model
 
 
 # Every kind of layer with every setting, each layer compared by itself.
@@ -253,88 +248,10 @@ def test_what_does_not_run_as_integers_is_printed(tmp_path: Path, capsys: Any):
     assert "float: lookup/embeddings (a lookup multiplies nothing)" in printed
 
 
-# Refusals. None of them leaves a file.
-
-
-@pytest.mark.parametrize(
-    ("arguments", "kind", "complaint"),
-    [
-        ({"path": "no/such/m.tflite"}, FileNotFoundError, "does not exist"),
-        ({"path": "."}, IsADirectoryError, "Received a folder"),
-        ({"path": "m.onnx"}, ValueError, "path='{folder}/m.onnx'"),
-        ({"path": "m"}, ValueError, "must end in .tflite"),
-        ({"format": "onnx"}, ValueError, "format='onnx'"),
-        ({"batch_size": 0}, ValueError, "batch_size=0"),
-        ({"batch_size": True}, ValueError, "batch_size=True"),
-        ({"rtol": -1}, ValueError, "rtol=-1"),
-        ({"optimize": "speed"}, ValueError, "speed"),
-        ({"inputs": np.zeros((0, 16), np.float32)}, ValueError, "at least one batch of 1"),
-        ({"model": "m.keras"}, TypeError, "Received: 'm.keras'"),
-    ],
-)
-@pytest.mark.once
-def test_wrong_arguments(arguments: Any, kind: type, complaint: str, tmp_path: Path):
-    path = tmp_path / arguments.pop("path", "m.tflite")
-    model = arguments.pop("model", None) or dense()
-    with pytest.raises(kind) as error:
-        rq.export(model, path, **arguments)
-    assert complaint.format(folder=tmp_path) in str(error.value)
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.once
 def test_the_format_may_be_named_instead_of_the_suffix(tmp_path: Path):
     result = rq.export(dense(), tmp_path / "model", format="litert", verbose=False)
     assert result.path == tmp_path / "model" and result.path.exists()
-
-
-@pytest.mark.once
-def test_an_unbuilt_model_is_told_to_be_built(tmp_path: Path):
-    with pytest.raises(ValueError, match="'late' is not built"):
-        rq.export(keras.Sequential([layers.Dense(2)], name="late"), tmp_path / "m.tflite")
-
-
-@pytest.mark.once
-def test_half_precision_is_refused_with_the_layer(tmp_path: Path):
-    model = keras.Sequential(
-        [keras.Input((8,)), layers.Dense(4, dtype="mixed_bfloat16", name="half")]
-    )
-    with pytest.raises(ValueError, match="'half' computes in bfloat16"):
-        rq.export(model, tmp_path / "m.tflite")
-
-
-@pytest.mark.once
-def test_keras_own_quantization_is_refused_with_the_layer(tmp_path: Path):
-    model = keras.Sequential([keras.Input((8,)), layers.Dense(4, name="own")])
-    model.quantize("int8")
-    with pytest.raises(ValueError, match=r"own' carries Keras's own quantization \('int8'\)"):
-        rq.export(model, tmp_path / "m.tflite")
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("policy", [None, "A4W4"])
-def test_a_stateful_layer_is_refused(policy: str | None, tmp_path: Path):
-    recurrent = layers.LSTM(4, stateful=True, name="keeps")
-    model = keras.Sequential([keras.Input(batch_shape=(4, 5, 3)), recurrent])
-    if policy is not None:
-        model.quantize(rq.QuantizationPolicy(policy), verbose=False)
-    with pytest.raises(ValueError, match=r"keeps' is stateful.*stateful=False"):
-        rq.export(model, tmp_path / "m.tflite", batch_size=4)
-
-
-class Spectrum(layers.Layer):
-    """Of rows and columns, for which LiteRT has no operator."""
-
-    def call(self, x: Any) -> Any:
-        return keras.ops.fft2((x, keras.ops.zeros_like(x)))[0]
-
-
-@pytest.mark.once
-def test_operators_that_litert_lacks_are_named(tmp_path: Path):
-    model = keras.Sequential([keras.Input((8, 8)), layers.Dense(8), Spectrum()])
-    with pytest.raises(ValueError, match=r"computes tf\.Complex, tf\.FFT2D, which LiteRT has no"):
-        rq.export(model, tmp_path / "m.tflite")
-    assert list(tmp_path.iterdir()) == []
 
 
 # Verification.

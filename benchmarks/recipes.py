@@ -69,7 +69,7 @@ class ResNetRecipe(Changeable):
     """
 
     blocks: int = 3
-    batch: int = 125
+    batch: int = 250
     optimizer: str = "sgd"
     weight_decay: float = 5e-3
     warmup: int = 400
@@ -84,9 +84,7 @@ GPT_SMALL = GPTRecipe(
     width=32, blocks=1, heads=2, context=16, batch=8, warmup=4, interval=10, windows=16
 )
 RESNET = ResNetRecipe()
-RESNET_TUNED = ResNetRecipe(
-    batch=250, optimizer="adam", weight_decay=1e-4, warmup=200, pretrained=True
-)
+RESNET_TUNED = ResNetRecipe(optimizer="adam", weight_decay=1e-4, warmup=200, pretrained=True)
 SMALL = {"blocks": 1, "batch": 10, "warmup": 2, "interval": 1}
 RESNET_SMALL = dataclasses.replace(RESNET, **SMALL)
 RESNET_TUNED_SMALL = dataclasses.replace(RESNET_TUNED, **SMALL)

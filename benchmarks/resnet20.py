@@ -22,7 +22,7 @@ import recipes
 import runs
 from rows import Row
 
-METHODS = ("gdnsq", "ridge", "recommended")
+METHODS = ("recommended", "gdnsq", "ridge")
 SETTINGS = ("A4W4", "A3W3", "A2W2", "A1W1")
 # The README of the GDNSQ authors' code (MHAQ), up to 1000 epochs.
 AUTHORS = {"float": 0.9282, "A4W4": 0.9278, "A3W3": 0.925, "A2W2": 0.914, "A1W1": 0.8578}

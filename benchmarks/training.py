@@ -374,7 +374,9 @@ def train(
     began = time.perf_counter()
     prepared, interval = prepare(task, run), task.interval(run)
     model, trained = prepared.model, prepared.trained
-    progress = Progress(interval, task.uniform_loss(), deadline, checkpoint)
+    # What a teacher's student minimizes is not the loss of a model that knows nothing.
+    hopeless = task.uniform_loss() if trained is model else math.inf
+    progress = Progress(interval, hopeless, deadline, checkpoint)
     epoch, progress.curve = checkpoint.restore(trained) if checkpoint else (0, [])
     between = task.validation(run, final=False)
     trained.fit(

@@ -151,6 +151,22 @@ def test_tables_and_figures_are_drawn_from_rows(tmp_path: Path):
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
+def test_a_rate_that_few_seeds_have_decides_nothing():
+    rows = _rows("sweep", accuracy=lambda run: 0.4 + run["lr"])
+    (best, second), quest = (8e-3, 4e-3), {"method": "quest", "setting": "A1W1"}
+    places = [(best, 0, 0.9), *((second, seed, 0.6) for seed in nanogpt.SEEDS)]
+    ours = [{**quest, "lr": lr, "seed": seed} for lr, seed, _ in places]
+    long = [
+        {**rows[0], **run, "val_accuracy": accuracy}
+        for run, (_, _, accuracy) in zip(PLANS.runs(ours, PLANS.long), places, strict=True)
+    ]
+    text = nanogpt_tables.deciding([*rows, *long], PLANS)
+    assert "| A1W1 | quest | 0.004 | 3 | 0.6000 ± 0.0000 |" in text
+    others = [{**row, "lr": best, "val_accuracy": 0.7} for row in long if row["seed"]]
+    text = nanogpt_tables.deciding([*rows, *long, *others], PLANS)
+    assert "| A1W1 | quest | 0.008 | 3 |" in text
+
+
 def _script(*arguments: str | Path) -> subprocess.CompletedProcess:
     environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
     script = ROOT / "benchmarks" / "nanogpt.py"

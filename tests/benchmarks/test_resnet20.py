@@ -104,6 +104,16 @@ def test_gdnsq_is_trained_on_the_logits_of_the_float_model(tmp_path: Path):
     assert _distils(task, dataclasses.replace(ridge, fields={"recipe": {"distil": True}}))
 
 
+def test_what_a_teacher_is_followed_by_is_no_loss_to_judge_by(tmp_path: Path, monkeypatch):
+    task = cifar.ResNet20(DATA, tmp_path / "float.weights.h5", small=True)
+    training.train(task, Run("float", "float", 0.01, 4))
+    monkeypatch.setattr(task, "uniform_loss", lambda: 0.0)
+    ridge = Run("ridge", "A4W4", 1e-3, 4)
+    assert training.train(task, ridge)["diverged"]
+    distilled = dataclasses.replace(ridge, fields={"recipe": {"distil": True}})
+    assert not training.train(task, distilled)["diverged"]
+
+
 def _distils(task: cifar.ResNet20, run: Run) -> bool:
     prepared = training.prepare(task, run)
     return prepared.trained is not prepared.model
@@ -119,7 +129,7 @@ def test_the_table_gives_epochs_beside_accuracies():
     longer = {**rows[1], "steps": 2 * rows[1]["steps"], "val_accuracy": 0.92}
     text = resnet20_tables.tables([*rows, longer], plans)
     assert "| float | 92.82 | 91.00 (100) |  |  |" in text
-    assert "| A4W4 | 92.78 |  | 92.00 (200) | 91.00 (100) |" in text
+    assert "| A4W4 | 92.78 | 92.00 (200) |  | 91.00 (100) |" in text
     assert "Other runs" not in text
     assert {run["steps"] for run in plans.table([])} == {20_000}
     assert runs.title(rows[0]).startswith("float")

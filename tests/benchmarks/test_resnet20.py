@@ -104,7 +104,7 @@ def test_gdnsq_is_trained_on_the_logits_of_the_float_model(tmp_path: Path):
     assert _distils(task, dataclasses.replace(ridge, fields={"recipe": {"distil": True}}))
 
 
-def test_what_a_teacher_is_followed_by_is_no_loss_to_judge_by(tmp_path: Path, monkeypatch):
+def test_students_are_not_judged_by_the_loss_of_the_labels(tmp_path: Path, monkeypatch):
     task = cifar.ResNet20(DATA, tmp_path / "float.weights.h5", small=True)
     training.train(task, Run("float", "float", 0.01, 4))
     monkeypatch.setattr(task, "uniform_loss", lambda: 0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import accuracy
 import nanogpt
+import runs
 from nanogpt import DECIDING, FLOAT, KNOBS, METHODS, RATES, SEEDS, SETTINGS, SPARSE, Plans
 from rows import Row
 from summary import table
@@ -113,8 +114,8 @@ def _long(rows: Sequence[Row], plans: Plans, place: nanogpt.Place) -> list[Row]:
     """The long runs of a place at the rate that most seeds have; of several, at the best."""
     rates = []
     for trial in plans.trials(rows, place):
-        known = (accuracy.look_up(rows, {**trial, "seed": seed}) for seed in SEEDS)
-        rates.append([row for row in known if row is not None and not row.get("error")])
+        found = (runs.find(rows, {**trial, "seed": seed}) for seed in SEEDS)
+        rates.append([row for row in found if row is not None])
     return max(rates, key=lambda some: (len(some), sum(row["val_accuracy"] or 0 for row in some)))
 
 
@@ -155,10 +156,8 @@ def curves(rows: Sequence[Row], plans: Plans, path: Path) -> Path | None:
     stock, tuned = {}, {}
     for method in ("float", *METHODS):
         place = FLOAT if method == "float" else {"method": method, "setting": "A1W1"}
-        found = [
-            accuracy.look_up(rows, run) for run in plans.runs([{**place, "lr": r} for r in RATES])
-        ]
-        known = [row for row in found if row is not None and not row.get("error")]
+        found = [runs.find(rows, run) for run in plans.runs([{**place, "lr": r} for r in RATES])]
+        known = [row for row in found if row is not None]
         if (at_stock := next((r for r in known if r["lr"] == RATES[0]), None)) is not None:
             stock[method + accuracy.width(at_stock)] = at_stock
         if (at_best := accuracy.best(known)) is not None:

@@ -45,12 +45,11 @@ def comparison(rows: Sequence[Row], plans: Plans) -> str | None:
     """Settings by method; where a method has runs of several lengths, the longest."""
     lines = []
     for setting in ("float", *SETTINGS):
-        methods = ("float",) if setting == "float" else METHODS
-        cells = {method: _cell(rows, plans, method, setting) for method in methods}
-        if any(cells.values()):
-            shown = [cells.get("float" if setting == "float" else m, "") for m in METHODS]
-            shown = [cells["float"], "", ""] if setting == "float" else shown
-            lines.append([setting, f"{100 * AUTHORS[setting]:.2f}", *shown])
+        # The float model has one number, in the first column.
+        methods = ("float", "", "") if setting == "float" else METHODS
+        cells = [_cell(rows, plans, method, setting) for method in methods]
+        if any(cells):
+            lines.append([setting, f"{100 * AUTHORS[setting]:.2f}", *cells])
     return table(["setting", "GDNSQ's authors", *METHODS], lines, left=1) if lines else None
 
 

@@ -28,8 +28,9 @@ eagerly = _backend.eagerly
 float32_matmul = _backend.float32_matmul
 forget_traces = _backend.forget_traces
 make_known = _backend.make_known
-where_traced = _backend.where_traced
 product_with_gradient = _backend.product_with_gradient
+rotation_side = _backend.rotation_side
+where_traced = _backend.where_traced
 with_gradient = _backend.with_gradient
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "forget_traces",
     "make_known",
     "product_with_gradient",
+    "rotation_side",
     "where_traced",
     "with_gradient",
 ]

@@ -9,10 +9,17 @@ from typing import Any
 
 from keras import ops
 
+from keras_rq.numerics.rotations import LARGEST
+
 
 def kernels_wanted() -> bool:
     """Whether fused kernels may run: not with `KERAS_RQ_KERNELS=0` in the environment."""
     return os.environ.get("KERAS_RQ_KERNELS") != "0"
+
+
+def rotation_side() -> int:
+    """Of the largest matrix that rotations multiply by; additions do what is left of them."""
+    return LARGEST
 
 
 def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str, *more: Any) -> Any:

@@ -84,9 +84,18 @@ def where_traced() -> Any:
 
 def _float32_matmul(x: Any, y: Any) -> Any:
     """A matrix product in float32 that keeps all digits of its operands, of one float dtype."""
-    return tf.matmul(tf.cast(x, "float32"), tf.cast(y, "float32"))
+    x, y = tf.cast(x, "float32"), tf.cast(y, "float32")
+    if x.shape.rank < y.shape.rank:
+        # Else XLA's CPU backend multiplies all matrices as one, with a transpose before and after.
+        x = tf.broadcast_to(x, tf.concat([tf.shape(y)[:-2], tf.shape(x)], 0))
+    return tf.matmul(x, y)
 
 
 # TensorFlow says for a whole process, not for a product, whether GPUs may round the operands.
 _has_gpu = bool(tf.config.list_physical_devices("GPU"))
 float32_matmul: Callable[[Any, Any], Any] | None = None if _has_gpu else _float32_matmul
+
+
+def rotation_side() -> int:
+    """Of the largest matrix that rotations multiply by; additions do what is left of them."""
+    return 32  # on CPUs; GPUs have no product

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from keras_rq.backend.common import compiled as compiled
+from keras_rq.backend.common import rotation_side as rotation_side
 from keras_rq.backend.common import unpadded
 from keras_rq.backend.inductor import fused
 from keras_rq.backend.rule import Forward, GradientRule

@@ -17,6 +17,7 @@ from keras import ops
 from keras_rq.numerics.blocks import MergedAxes
 
 LARGEST = 128
+_TOGETHER = 4  # lines that a stage adds up: fewer take more passes, more are fused badly by XLA
 
 
 def check_rotation(rotation: Any) -> str | None:
@@ -32,7 +33,10 @@ def rotation_size(length: int) -> int:
 
 
 def hadamard(
-    x: Any, axes: tuple[int, ...], product: Callable[[Any, Any], Any] | None = None
+    x: Any,
+    axes: tuple[int, ...],
+    product: Callable[[Any, Any], Any] | None = None,
+    side: int = LARGEST,
 ) -> Any:
     """Rotates blocks of the contraction axis by the orthonormal, symmetric Hadamard matrix.
 
@@ -41,7 +45,9 @@ def hadamard(
         axes: contraction axes, as in `Blocks.axes`.
         product: a matrix product in float32 that keeps all digits of its operands. It replaces
             the sums and differences of the fast transform, which take a pass over the tensor
-            each: twice as fast on CPUs, and on accelerators the matrix units do it.
+            each; on accelerators the matrix units do it.
+        side: of the largest matrix that `product` is given, a power of two; sums and differences
+            do what is left of a rotation.
 
     Returns:
         A float32 tensor shaped like `x`. Applied twice it gives `x` back.
@@ -50,10 +56,13 @@ def hadamard(
     size = rotation_size(merged.length)
     if size == 1:
         return ops.cast(x, "float32")
-    flat = merged.merge(x)
-    sizes = list(ops.shape(flat))
-    rotate = _by_sums if product is None else functools.partial(_by_product, product)
-    return merged.unmerge(ops.reshape(rotate(flat, merged.position, size), sizes))
+    x, at, done = merged.merge(x), merged.position, 1
+    sizes = list(ops.shape(x))
+    if product is not None:
+        done = min(size, side)
+        x = ops.reshape(_by_product(product, x, at, done), sizes)
+    x = _by_sums(x, at, done, size) * (1.0 / math.sqrt(size))
+    return merged.unmerge(ops.reshape(x, sizes))
 
 
 def _by_product(product: Callable[[Any, Any], Any], x: Any, at: int, size: int) -> Any:
@@ -61,11 +70,9 @@ def _by_product(product: Callable[[Any, Any], Any], x: Any, at: int, size: int) 
     matrix = ops.cast(ops.convert_to_tensor(signs(size)), x.dtype)
     sizes = list(ops.shape(x))
     if at == len(sizes) - 1:
-        made = product(ops.reshape(x, [*sizes[:at], x.shape[at] // size, size]), matrix)
-    else:
-        inner = math.prod(x.shape[at + 1 :]) if None not in x.shape[at + 1 :] else -1
-        made = product(matrix, ops.reshape(x, [*sizes[:at], x.shape[at] // size, size, inner]))
-    return made * (1.0 / math.sqrt(size))
+        return product(ops.reshape(x, [*sizes[:at], x.shape[at] // size, size]), matrix)
+    inner = math.prod(x.shape[at + 1 :]) if None not in x.shape[at + 1 :] else -1
+    return product(matrix, ops.reshape(x, [*sizes[:at], x.shape[at] // size, size, inner]))
 
 
 @functools.cache
@@ -77,14 +84,24 @@ def signs(size: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-def _by_sums(x: Any, at: int, size: int) -> Any:
+def _by_sums(x: Any, at: int, done: int, size: int) -> Any:
+    """The stages of the fast transform from lines of `done` elements to lines of `size`."""
     # In float32: sums of float16 values overflow.
     x, sizes, length = ops.cast(x, "float32"), list(ops.shape(x)), x.shape[at]
     before, after = sizes[:at], sizes[at + 1 :]
-    half = 1
-    while half < size:
-        pairs = ops.reshape(x, [*before, length // (2 * half), 2, half, *after])
-        first, second = (pairs[(slice(None),) * (at + 1) + (i,)] for i in range(2))
-        x = ops.stack([first + second, first - second], axis=at + 1)
-        half *= 2
-    return x * (1.0 / math.sqrt(size))
+    while done < size:
+        count = min(_TOGETHER, size // done)
+        parts = ops.reshape(x, [*before, length // (count * done), count, done, *after])
+        lines = [parts[(slice(None),) * (at + 1) + (slice(i, i + 1),)] for i in range(count)]
+        x = ops.concatenate(_transformed(lines), axis=at + 1)
+        done *= count
+    return x
+
+
+def _transformed(lines: list[Any]) -> list[Any]:
+    """Sums and differences of some lines, a power of two of them: a small transform."""
+    if len(lines) == 1:
+        return lines
+    half = len(lines) // 2
+    pairs = list(zip(_transformed(lines[:half]), _transformed(lines[half:]), strict=True))
+    return [a + b for a, b in pairs] + [a - b for a, b in pairs]

@@ -61,6 +61,11 @@ def elementwise(function: Callable[[Any], Any], values: Any) -> Any:
     return values.map(function) if isinstance(values, Rows) else function(values)
 
 
+def unbroken(chain: Any) -> Any:
+    """What a chain made; it keeps the compiler from taking that apart for its own reduction."""
+    return ops.where(ops.isnan(chain), np.float32(np.nan), chain)
+
+
 def in_parts(view: BlockView) -> BlockView:
     """A view of the same blocks in parts, where rows are long and a part divides all blocks.
 
@@ -152,9 +157,7 @@ class _RowsView(_PartsView):
         self, values: Rows, chain: Callable[..., Any], reduce: Callable[..., Any], absent: float
     ) -> Any:
         """Statistics of blocks, at each of their parts."""
-        of_parts = functools.reduce(chain, values.rows)
-        # Changes nothing, but keeps the compiler from taking the chain apart for its own reduction.
-        of_parts = ops.where(ops.isnan(of_parts), np.float32(np.nan), of_parts)
+        of_parts = unbroken(functools.reduce(chain, values.rows))
         at, sizes = self.merged.position, list(ops.shape(of_parts))
         pads = [[0, 0] for _ in sizes]
         pads[at][1] = -self.blocks % self.parts

@@ -366,7 +366,7 @@ class Quantizer:
         """`rotation`, which is its own inverse, along the contraction; the result is float32."""
         if self.rotation is None:
             return ops.cast(x, "float32")
-        return rotations.hadamard(x, blocks.axes, backend.float32_matmul)
+        return rotations.hadamard(x, blocks.axes, backend.float32_matmul, backend.rotation_side())
 
     def codes_and_line(
         self, x: Any, view: BlockView, blocks: Blocks, parameters: Parameters | None = None

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_rq.numerics.blocks import Blocks, BlockView, MergedAxes
+from keras_rq.numerics.lanes import in_lanes
 from keras_rq.numerics.ranges import Range
 from keras_rq.numerics.rotations import rotation_size
 from keras_rq.numerics.rows import in_parts
@@ -137,8 +138,8 @@ class FakeQuantization:
 
     @property
     def in_parts(self) -> FakeQuantization:
-        """The same passes for compilers of CPUs; see `keras_rq.numerics.rows`."""
-        return self.on_view(in_parts(self.view))
+        """The same passes for compilers of CPUs; see `keras_rq.numerics.rows` and `lanes`."""
+        return self.on_view(in_lanes(in_parts(self.view)))
 
     def forward(self, x: Any) -> tuple[Any, list[Any]]:
         by_rows = self.view.by_rows

@@ -63,7 +63,9 @@ class QuantizedTensor:
         values = self.view.merge(self.line(codes))
         if not self.rotated:
             return values
-        return rotations.hadamard(values, self.axes, backend.float32_matmul)
+        return rotations.hadamard(
+            values, self.axes, backend.float32_matmul, backend.rotation_side()
+        )
 
     def packed(self) -> dict[str, np.ndarray]:
         """The arrays that storage needs: packed codes, a mask if sparse, scales and offsets."""

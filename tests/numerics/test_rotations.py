@@ -27,12 +27,16 @@ pytestmark = pytest.mark.forward
         ((2, 7), (1,)),
     ],
 )
-@pytest.mark.parametrize("product", [None, backend.float32_matmul], ids=["sums", "product"])
-def test_rotation(shape: tuple[int, ...], axes: tuple[int, ...], product: Any):
+@pytest.mark.parametrize(
+    "ways",
+    [(), (backend.float32_matmul,), (backend.float32_matmul, 4)],
+    ids=["sums", "product", "both"],
+)
+def test_rotation(shape: tuple[int, ...], axes: tuple[int, ...], ways: tuple[Any, ...]):
     x = np.random.default_rng(0).normal(size=shape).astype("float32")
-    rotated = hadamard(ops.convert_to_tensor(x), axes, product)
+    rotated = hadamard(ops.convert_to_tensor(x), axes, *ways)
     assert relative_error(to_numpy(rotated), reference.hadamard(x.astype(float), axes)) < 1e-6
-    assert relative_error(to_numpy(hadamard(rotated, axes, product)), x) < 1e-6
+    assert relative_error(to_numpy(hadamard(rotated, axes, *ways)), x) < 1e-6
     norms = np.linalg.norm(to_numpy(rotated)), np.linalg.norm(x)
     assert np.isclose(*norms, rtol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Statistics taken row by row are those of whole blocks."""
+"""Statistics taken row by row, or lane by lane, are those of whole blocks."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ QUANTIZERS = {
     "bitnet": BitNet(1.5, block_size=128),
     "quest": QuEST(1, rotation=None, trust=1.0),
 }
-# Shape, contraction axis, block size: whole blocks, a shorter last one, one block, an outer axis.
+# Shape, contraction axis, block size: whole blocks, a shorter last one, one block, an outer axis;
+# then whole blocks along the last axis, shorter last ones, and as few lanes as there can be.
 SHAPES = [
     ((256, 40), 0, 128),
     ((144, 40), 0, 64),
     ((144, 40), 0, "channel"),
     ((2, 80, 5, 8), 1, 32),
+    ((6, 256), -1, 128),
+    ((2, 3, 144), -1, 64),
+    ((6, 77), -1, 48),
+    ((6, 640), -1, 512),
+    ((6, 80), -1, 32),
 ]
 
 
@@ -52,7 +58,9 @@ def test_both_passes_are_those_of_whole_blocks(name: str, shape: Any, axis: int,
 @pytest.mark.parametrize(
     ("shape", "axis", "size"),
     [
-        ((4, 256), 1, 128),  # rows of one element
+        ((4, 256), 1, 16),  # one piece
+        ((4, 256), 1, "channel"),
+        ((4, 80), 1, 40),  # no lanes fill the blocks
         ((256, 40), 0, "tensor"),
         ((77, 40), 0, 11),  # no part divides the blocks
         ((16, 40), 0, 128),  # one part
@@ -65,11 +73,13 @@ def test_other_views_stay_as_they_are(shape: Any, axis: int, size: Any):
     assert rule.in_parts.view is rule.view
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_no_number_stays_in_its_block(value: float):
+def test_what_is_no_number_stays_in_its_block(value: float, axis: int):
     x = np.random.default_rng(0).normal(size=(256, 40)).astype("float32")
     x[3, 7] = value
-    rule = Ridge(4).rule(x.shape, Blocks((0,), (), 128)).in_parts
+    x = x if axis == 0 else x.T
+    rule = Ridge(4).rule(x.shape, Blocks((axis,), (), 128)).in_parts
     y = to_numpy(rule.forward(ops.convert_to_tensor(x))[0])
-    lost = ~np.isfinite(y)
+    lost = ~np.isfinite(y if axis == 0 else y.T)
     assert lost[:128, 7].any() and not lost[128:].any() and not np.delete(lost, 7, 1).any()

@@ -217,10 +217,14 @@ def _call(
     warps: int,
     interpret: bool,
 ) -> Sequence[Any]:
-    """Runs a function on every tile of some arrays, and on whole small ones."""
+    """Runs a function on every tile of some arrays, and on whole small ones.
+
+    A gradient takes the place of the upstream one, which nothing else reads.
+    """
     shapes = [(tiles.tile, a.dtype) for a in arrays] + [(a.shape, a.dtype) for a in whole]
     made = jax.eval_shape(function, *(jax.ShapeDtypeStruct(*one) for one in shapes))
     count, end = len(arrays), len(arrays) + len(whole)
+    replaces = count > 1 and made[0].dtype == arrays[1].dtype
 
     def kernel(*refs: Any) -> None:
         index, mask = tiles.index, tiles.mask
@@ -236,6 +240,7 @@ def _call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(tiles.shape, one.dtype) for one in made],
         grid=tiles.grid,
+        input_output_aliases={1: 0} if replaces else {},
         compiler_params=triton.CompilerParams(num_warps=warps),
         interpret=interpret,
         name="keras_rq_tiles",

@@ -29,6 +29,7 @@ float32_matmul = _backend.float32_matmul
 forget_traces = _backend.forget_traces
 make_known = _backend.make_known
 product_with_gradient = _backend.product_with_gradient
+reduce_at_once = _backend.reduce_at_once
 rotation_side = _backend.rotation_side
 where_traced = _backend.where_traced
 with_gradient = _backend.with_gradient
@@ -43,6 +44,7 @@ __all__ = [
     "forget_traces",
     "make_known",
     "product_with_gradient",
+    "reduce_at_once",
     "rotation_side",
     "where_traced",
     "with_gradient",

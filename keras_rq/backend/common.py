@@ -22,6 +22,11 @@ def rotation_side() -> int:
     return LARGEST
 
 
+def reduce_at_once(arrays: Sequence[Any], ways: Sequence[str], axis: int) -> Sequence[Any]:
+    """Reduces float32 arrays of one shape along an axis, each by its way: "sum", "max" or "min"."""
+    return [getattr(ops, way)(one, axis=axis) for one, way in zip(arrays, ways, strict=True)]
+
+
 def call_in_graph(owner: Any, method: str, x: Any, parameter: Any, name: str, *more: Any) -> Any:
     """`owner.method(x, parameter, name, *more)`; all that carries a gradient is passed."""
     return getattr(owner, method)(x, parameter, name, *more)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
 from keras_rq.backend import pallas
@@ -94,14 +95,28 @@ def where_traced() -> Any:
     return get_opaque_trace_state()
 
 
+_NEUTRAL = {"sum": 0.0, "max": -jnp.inf, "min": jnp.inf}
+_COMBINE = {"sum": jax.lax.add, "max": jax.lax.max, "min": jax.lax.min}
+
+
+def reduce_at_once(arrays: Sequence[Any], ways: Sequence[str], axis: int) -> Sequence[Any]:
+    """Reduces float32 arrays of one shape along an axis, each by its way: "sum", "max" or "min"."""
+
+    def combine(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+        return [_COMBINE[way](*pair) for way, *pair in zip(ways, first, second, strict=True)]
+
+    starts = [jnp.asarray(_NEUTRAL[way], "float32") for way in ways]
+    return jax.lax.reduce(tuple(arrays), tuple(starts), combine, (axis,))
+
+
 def float32_matmul(x: Any, y: Any) -> Any:
     """A matrix product in float32 that keeps all digits of its operands, of one float dtype."""
     # Matrix units add up products of 16-bit numbers in float32 anyway.
     precision = jax.lax.Precision.HIGHEST if x.dtype.itemsize > 2 else None
     if x.ndim < y.ndim and jax.default_backend() == "cpu":
         # Else XLA's CPU backend multiplies all matrices as one, with a transpose before and after.
-        x = jax.numpy.broadcast_to(x, (*y.shape[:-2], *x.shape))
-    return jax.numpy.matmul(x, y, precision=precision, preferred_element_type="float32")
+        x = jnp.broadcast_to(x, (*y.shape[:-2], *x.shape))
+    return jnp.matmul(x, y, precision=precision, preferred_element_type="float32")
 
 
 def rotation_side() -> int:

@@ -179,8 +179,8 @@ class BlockView:
         return True
 
     @property
-    def by_rows(self) -> BlockView:
-        """The same blocks, their statistics taken row by row if that is a way to do it."""
+    def for_statistics(self) -> BlockView:
+        """The view to take statistics with, if it is another one."""
         return self
 
     def split(self, x: Any) -> Any:
@@ -208,6 +208,10 @@ class BlockView:
             if values.shape[axis] != 1:
                 values = _mean_along(values, axis)
         return values
+
+    def at_once(self, *wanted: tuple[str, Any]) -> tuple[Any, ...]:
+        """Statistics, "mean_of_present", "max" or "min" of values each, in one pass if possible."""
+        return tuple(getattr(self, name)(values) for name, values in wanted)
 
     def magnitude(self, values: Any) -> Any:
         """The largest absolute value, of values that are zero in padding."""

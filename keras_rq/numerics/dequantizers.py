@@ -119,16 +119,17 @@ def ridge_fit_noise(
         affine: fit an offset too.
         ridge_lambda: the mean-normalised penalty on the slope, >= 0, in squared code units.
     """
-    noise, mean = view.present(noise), view.mean_of_present
+    noise = view.present(noise)
     if not affine:
-        square = mean(codes * codes)
+        square, mixed = _means(view, codes * codes, noise * codes)
         moment = _denominator(square, ridge_lambda)
-        return RidgeFit((square - mean(noise * codes)) / moment, moment)
+        return RidgeFit((square - mixed) / moment, moment)
     pivot = view.pivot(codes)
     shifted = view.present(codes - pivot)
-    shift, noise_mean = mean(shifted), mean(noise)
-    variance = mean(shifted * shifted) - shift * shift
-    covariance = mean(noise * shifted) - noise_mean * shift
+    shift, noise_mean, square, mixed = _means(
+        view, shifted, noise, shifted * shifted, noise * shifted
+    )
+    variance, covariance = square - shift * shift, mixed - noise_mean * shift
     moment = _denominator(variance, ridge_lambda)
     return RidgeFit((variance - covariance) / moment, moment, pivot + shift, noise_mean)
 
@@ -144,10 +145,10 @@ def ridge_pull(
         upstream: float32 gradient to the dequantized data, likewise.
         view: the blocks.
     """
-    mean = view.mean_of_present
     if fit.code_mean is None:
-        return (mean(upstream * codes) / fit.moment,)
-    return mean(upstream * (codes - fit.code_mean)) / fit.moment, mean(upstream)
+        return (view.mean_of_present(upstream * codes) / fit.moment,)
+    mixed, upstream_mean = _means(view, upstream * (codes - fit.code_mean), upstream)
+    return mixed / fit.moment, upstream_mean
 
 
 def ridge_gradient(
@@ -172,6 +173,10 @@ def ridge_gradient(
     # What is one number per block comes last: an addition an element.
     moved = 2.0 * rest * (codes - fit.code_mean) - noise
     return fit.slope * upstream + pull * moved + (rest * upstream_mean + pull * fit.noise_mean)
+
+
+def _means(view: BlockView, *values: Any) -> tuple[Any, ...]:
+    return view.at_once(*(("mean_of_present", one) for one in values))
 
 
 def _denominator(moment: Any, ridge_lambda: float) -> Any:

@@ -95,19 +95,23 @@ def range_over(low: float, high: float, grid: Grid, is_even: bool = False) -> Ra
 
 def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any, Any]:
     if rule == "minmax":
-        low = view.min(values)
-        return low, view.max(values) - low
+        low, high = view.at_once(("min", values), ("max", values))
+        return low, high - low
     if rule == "absmax":
         reach = view.magnitude(values)
         return -reach, 2 * reach
-    center = view.mean_of_present(values)
-    # BitNet subtracts the mean from the values and not from their scale.
-    reach = _magnitude(values - center if rule == "rms" else values, view, grid, rule)
-    # Two levels part at the mean, which is a good place; FP4 is finest in the middle, which stays
-    # at the mean.
     if rule == "absmean" or grid.bits in (1, "fp4"):
+        center = view.mean_of_present(values)
+        # BitNet subtracts the mean from the values and not from their scale.
+        reach = _magnitude(values - center if rule == "rms" else values, view, grid, rule)
+        # Two levels part at the mean, which is a good place; FP4 is finest in the middle, which
+        # stays at the mean.
         return center - reach, 2 * reach
-    least, largest = view.min(values), view.max(values)
+    center, least, largest = view.at_once(
+        ("mean_of_present", values), ("min", values), ("max", values)
+    )
+    farthest = ops.maximum(largest - center, center - least)
+    reach = grid.gaussian_edge * _root_mean_square(values - center, view, farthest)
     width = ops.minimum(2 * reach, largest - least)
     # No `clip`: where rounding makes its bounds cross, backends disagree on which of them wins.
     return ops.maximum(least, ops.minimum(center - reach, largest - width)), width
@@ -115,17 +119,16 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
 
 def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
     if rule == "rms":
-        return grid.gaussian_edge * _root_mean_square(values, view)
+        return grid.gaussian_edge * _root_mean_square(values, view, view.magnitude(values))
     if rule == "absmean":
         steps = len(grid.codes) - 1
         return math.sqrt(max(1.0, steps / 2)) * view.mean_of_present(abs(values))
     return view.magnitude(values)
 
 
-def _root_mean_square(values: Any, view: BlockView) -> Any:
+def _root_mean_square(values: Any, view: BlockView, farthest: Any) -> Any:
     # Relative to the largest magnitude, so that the squares of huge and tiny values stay finite.
-    values = view.present(values)
-    unit = _at_least(view.magnitude(values))
+    values, unit = view.present(values), _at_least(farthest)
     values = values * (1.0 / unit)
     return unit * ops.sqrt(view.mean_of_present(values * values))
 

@@ -21,8 +21,8 @@ from keras_rq.numerics import ranges, rotations, sparsity
 from keras_rq.numerics.blocks import Blocks, BlockView, check_block_size
 from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.grids import Bits, Grid, check_bits, grid_for
+from keras_rq.numerics.parts import elementwise
 from keras_rq.numerics.ranges import Range
-from keras_rq.numerics.rows import elementwise
 from keras_rq.quantizers import parametric, static
 from keras_rq.quantizers.parameters import Observation, Parameter
 from keras_rq.quantizers.parametric import Parameters

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
+from keras_rq import backend
 from keras_rq.numerics.blocks import Blocks, BlockView, MergedAxes
-from keras_rq.numerics.lanes import in_lanes
+from keras_rq.numerics.parts import in_parts
 from keras_rq.numerics.ranges import Range
 from keras_rq.numerics.rotations import rotation_size
-from keras_rq.numerics.rows import in_parts
 
 if TYPE_CHECKING:
     from keras_rq.quantizers.base import Quantizer
@@ -138,15 +138,15 @@ class FakeQuantization:
 
     @property
     def in_parts(self) -> FakeQuantization:
-        """The same passes for compilers of CPUs; see `keras_rq.numerics.rows` and `lanes`."""
-        return self.on_view(in_lanes(in_parts(self.view)))
+        """The same passes for compilers of CPUs; see `keras_rq.numerics.parts`."""
+        return self.on_view(in_parts(self.view, backend.reduce_at_once))
 
     def forward(self, x: Any) -> tuple[Any, list[Any]]:
-        by_rows = self.view.by_rows
-        encoding = self.quantizer.encode(self._rotate(x), by_rows, self.blocks)
+        view = self.view.for_statistics
+        encoding = self.quantizer.encode(self._rotate(x), view, self.blocks)
         statistics = [part for part in encoding.span if part is not None]
         statistics += [part for part in encoding.fitted if part is not None]  # see `_parts`
-        if by_rows is not self.view:
+        if view is not self.view:
             return self.again(x, statistics), statistics
         return self._values(encoding.codes, encoding.line, x.dtype), statistics
 
@@ -156,11 +156,11 @@ class FakeQuantization:
         rounding = Rounding(self, self._rotate(x), span)
         upstream = self._rotate(upstream) if self.unrotate else ops.cast(upstream, "float32")
         split = view.split(upstream)
-        if (by_rows := view.by_rows) is view:
+        if (other := view.for_statistics) is view:
             pull = quantizer.pull(rounding, fitted, split, view)
         else:
-            rows = Rounding(self.on_view(by_rows), self._rotate(x), span)
-            pull = quantizer.pull(rows, fitted, by_rows.split(upstream), by_rows)
+            parts = Rounding(self.on_view(other), self._rotate(x), span)
+            pull = quantizer.pull(parts, fitted, other.split(upstream), other)
         gradient = quantizer.gradient(rounding, fitted, split, pull)
         gradient = quantizer.attenuate(gradient, rounding, span)
         return ops.cast(self._rotate(view.merge(gradient)), x.dtype)

@@ -1,4 +1,4 @@
-"""Statistics taken row by row, or lane by lane, are those of whole blocks."""
+"""Statistics taken by way of parts are those of whole blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ QUANTIZERS = {
     "quest": QuEST(1, rotation=None, trust=1.0),
 }
 # Shape, contraction axis, block size: whole blocks, a shorter last one, one block, an outer axis;
-# then whole blocks along the last axis, shorter last ones, and as few lanes as there can be.
+# then whole blocks along the last axis, shorter last ones, and a part of two.
 SHAPES = [
     ((256, 40), 0, 128),
     ((144, 40), 0, 64),
@@ -58,9 +58,9 @@ def test_both_passes_are_those_of_whole_blocks(name: str, shape: Any, axis: int,
 @pytest.mark.parametrize(
     ("shape", "axis", "size"),
     [
-        ((4, 256), 1, 16),  # one piece
+        ((4, 256), 1, 16),  # one element a part
         ((4, 256), 1, "channel"),
-        ((4, 80), 1, 40),  # no lanes fill the blocks
+        ((4, 80), 1, 40),  # no vectors fill the blocks
         ((256, 40), 0, "tensor"),
         ((77, 40), 0, 11),  # no part divides the blocks
         ((16, 40), 0, 128),  # one part

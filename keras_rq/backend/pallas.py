@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from keras_rq.backend.common import kernels_wanted
+from keras_rq.backend.pieces import Cut, sizes_of
 from keras_rq.backend.rule import GradientRule
 from keras_rq.numerics.blocks import TileView
 from keras_rq.numerics.rotations import signs
@@ -45,10 +46,11 @@ class _Tiles(NamedTuple):
 
     Attributes:
         shape: of the tensor as kernels see it: (outer, block) where inner is 1.
-        tile: of one tile: whole blocks, each axis a power of two.
+        tile: of one tile: whole blocks, a power of two of them.
         axis: of the blocks, in a tile.
         length: of a block.
         grid: number of tiles along each axis but the block's.
+        sizes: of the pieces of a block, powers of two; a single one may be longer than the block.
     """
 
     shape: tuple[int, ...]
@@ -56,14 +58,18 @@ class _Tiles(NamedTuple):
     axis: int
     length: int
     grid: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     @classmethod
-    def cut(cls, tiling: tuple[int, int, int] | None, row_tile: int | None = None) -> _Tiles | None:
-        """Tiles for the `tiling` of a rule, rows in tiles of `row_tile` elements; None: too large.
+    def of(
+        cls, tiling: tuple[int, int, int] | None, row_tile: int | None = None, whole: bool = False
+    ) -> _Tiles | None:
+        """Tiles for the `tiling` of a rule; None: too large.
 
         Args:
             tiling: see `GradientRule`.
-            row_tile: `_ROW_TILE` if left out.
+            row_tile: elements of a tile of rows, `_ROW_TILE` if left out.
+            whole: leave blocks in one piece.
         """
         if tiling is None or 0 in tiling:
             return None
@@ -74,42 +80,42 @@ class _Tiles(NamedTuple):
         beside = min(max(beside, 1 if inner == 1 else _INNERMOST), pl.next_power_of_2(other))
         if padded * beside > _LARGEST_TILE:
             return None
-        count = pl.cdiv(other, beside)
+        count, sizes = pl.cdiv(other, beside), (padded,) if whole else sizes_of(length)
+        long = sum(sizes)
         if inner == 1:
-            return cls((outer, length), (beside, padded), 1, length, (count,))
-        return cls((outer, length, inner), (padded, beside), 0, length, (count, outer))
+            return cls((outer, length), (beside, long), 1, length, (count,), sizes)
+        return cls((outer, length, inner), (long, beside), 0, length, (count, outer), sizes)
 
     @property
     def warps(self) -> int:
         """Of a kernel that does not rotate."""
-        is_long = self.axis == 0 or self.tile[1] >= _ROW_TILE
+        size = pl.next_power_of_2(math.prod(self.tile))
+        is_long = self.axis == 0 or size // self.tile[0] >= _ROW_TILE
         share = _LONG_SHARE if is_long else _SHARE
-        return max(1, min(16, math.prod(self.tile) // share))
+        return max(1, min(16, size // share))
 
     @property
     def view(self) -> TileView:
         return TileView(self.tile, (self.axis,), length=self.length)
 
-    @property
-    def index(self) -> tuple[Any, ...]:
-        """Which elements the running kernel works on."""
+    def index(self, piece: int) -> tuple[Any, ...]:
+        """Which elements of a piece the running kernel works on."""
         other = 1 - self.axis
-        start = pl.program_id(0) * self.tile[other]
-        place = [pl.ds(0, self.tile[0]), pl.ds(0, self.tile[1])]
-        place[other] = pl.ds(start, self.tile[other])
+        place = [pl.ds(pl.program_id(0) * self.tile[other], self.tile[other])] * 2
+        place[self.axis] = pl.ds(sum(self.sizes[:piece]), self.sizes[piece])
         return (pl.program_id(1), *place) if len(self.shape) == 3 else tuple(place)
 
-    @property
-    def mask(self) -> Any:
-        """Which elements of the tile exist."""
+    def mask(self, piece: int) -> Any:
+        """Which elements of a piece exist; None: all."""
         other = 1 - self.axis
+        shape = tuple(self.sizes[piece] if a == self.axis else n for a, n in enumerate(self.tile))
         inside = None
         sizes = {self.axis: (0, self.length), other: (None, self.shape[-1 if other else 0])}
         for axis, (start, size) in sizes.items():
             if size % self.tile[axis] == 0:
                 continue
             start = pl.program_id(0) * self.tile[axis] if start is None else start
-            within = start + jax.lax.broadcasted_iota(jnp.int32, self.tile, axis) < size
+            within = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size
             inside = within if inside is None else inside & within
         return inside
 
@@ -166,10 +172,10 @@ class Kernels(NamedTuple):
         """Those for a tensor of some dtype; None where its blocks do not fit a tile."""
         inside, turn = rule.inside(dtype), rule.turn
         if turn is not None and turn >= _SMALLEST_SIDE and jnp.dtype(dtype).itemsize == 2:
-            tiles = _Tiles.cut(inside.tiling, _TURN_TILE)
+            tiles = _Tiles.of(inside.tiling, _TURN_TILE, whole=True)
             if tiles is not None and math.prod(tiles.tile) >= _SMALLEST_SIDE * turn:
                 return cls(inside, tiles, inside, turn)
-        tiles = _Tiles.cut(inside.tiling)
+        tiles = _Tiles.of(inside.tiling)
         return None if tiles is None else cls(inside, tiles, rule)
 
     def forward(self, x: Any) -> Any:
@@ -227,14 +233,17 @@ def _call(
     replaces = count > 1 and made[0].dtype == arrays[1].dtype
 
     def kernel(*refs: Any) -> None:
-        index, mask = tiles.index, tiles.mask
+        places = [(tiles.index(piece), tiles.mask(piece)) for piece in range(len(tiles.sizes))]
         loaded = [
-            triton.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
+            [triton.load(ref.at[i], mask=m, other=None if m is None else 0.0) for i, m in places]
             for ref in refs[:count]
         ]
-        loaded += [triton.load(ref) for ref in refs[count:end]]
-        for ref, value in zip(refs[end:], function(*loaded), strict=True):
-            triton.store(ref.at[index], value, mask=mask)
+        small = [triton.load(ref) for ref in refs[count:end]]
+        cut = Cut(tiles.axis, tiles.sizes)
+        made = cut.run(lambda *given: function(*given, *small), *loaded)
+        for ref, pieces in zip(refs[end:], made, strict=True):
+            for (index, mask), value in zip(places, pieces, strict=True):
+                triton.store(ref.at[index], value, mask=mask)
 
     return pl.pallas_call(
         kernel,

@@ -34,7 +34,7 @@ QUANTIZERS = [
 ]
 quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda q: repr(q)[:40])
 # Rows that fill no tile, an odd length, columns, columns that fill no tile, a convolution's kernel,
-# contraction axes that lie apart.
+# contraction axes that lie apart; channels that are worked on in pieces, along either axis.
 TENSORS = [
     ((37, 128), -1),
     ((5, 200), -1),
@@ -42,6 +42,8 @@ TENSORS = [
     ((200, 20), 0),
     ((3, 3, 8, 20), (0, 1, 2)),
     ((4, 10, 32), (2, 0)),
+    ((5, 224), -1),
+    ((96, 20), 0),
 ]
 tensors = pytest.mark.parametrize(("shape", "axes"), TENSORS, ids=str)
 
@@ -115,6 +117,65 @@ def test_rows_of_16_bits_are_rotated_in_kernels_that_compile_for_gpus(
     assert kernels.turn == 128
     traced = jax.jit(lambda x, g: kernels.backward(True, x, g)).trace(x, upstream)
     assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@on_jax
+@pytest.mark.parametrize(("shape", "axis"), [((64, 384), -1), ((384, 64), 0)], ids=str)
+def test_channels_in_pieces_compile_for_gpus(shape: tuple[int, int], axis: int):
+    import jax
+
+    from keras_rq.backend import pallas
+
+    rule, x, upstream = make(Ridge(8, block_size="channel"), shape, axis, "bfloat16")
+    kernels = pallas.Kernels.of(rule, x.dtype)
+    assert kernels.tiles.sizes == (256, 128)
+    traced = jax.jit(lambda x, g: kernels.backward(True, x, g)).trace(x, upstream)
+    assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@on_jax
+@pytest.mark.parametrize(
+    ("length", "sizes"),
+    [(384, (256, 128)), (224, (128, 64, 32)), (128, (128,)), (1, (1,)), (200, (256,)), (31, (32,))],
+)
+def test_blocks_are_cut_into_few_powers_of_two(length: int, sizes: tuple[int, ...]):
+    from keras_rq.backend.pieces import sizes_of
+
+    assert sizes_of(length) == sizes
+
+
+@on_jax
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_function_of_pieces_equals_that_of_the_whole(axis: int):
+    import jax
+    import jax.numpy as jnp
+
+    from keras_rq.backend.pieces import Cut
+
+    def function(x: Any, y: Any) -> Any:
+        total = jnp.sum(x * y, axis, keepdims=True)
+        largest = jnp.where(x > 0, x, 0.0).max(axis, keepdims=True)
+        return x - total / largest, jnp.broadcast_to(total, x.shape), jnp.exp(y)
+
+    sizes = (32, 64) if axis else (64, 32)
+    shape = (4, 96) if axis else (96, 4)
+    whole = [jax.random.normal(jax.random.key(i), shape) for i in range(2)]
+    at = [sizes[0]]
+    made = Cut(axis, sizes).run(function, *(jnp.split(one, at, axis) for one in whole))
+    for received, expected in zip(made, function(*whole), strict=True):
+        assert [one.shape[axis] for one in received] == list(sizes)
+        np.testing.assert_allclose(jnp.concatenate(received, axis), expected, rtol=1e-5, atol=1e-5)
+
+
+@on_jax
+@pytest.mark.parametrize("operation", [lambda x: x.cumsum(1), lambda x: x.reshape(-1)])
+def test_a_function_that_looks_across_pieces_is_refused(operation: Any):
+    import jax.numpy as jnp
+
+    from keras_rq.backend.pieces import Cut
+
+    with pytest.raises(NotImplementedError, match=r"reduces along the blocks\. Received"):
+        Cut(1, (64, 32)).run(lambda x: [operation(x)], [jnp.ones((4, 64)), jnp.ones((4, 32))])
 
 
 @on_jax

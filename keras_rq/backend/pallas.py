@@ -35,6 +35,7 @@ from keras_rq.numerics.rotations import signs
 _ROW_TILE, _COLUMN_TILE, _LARGEST_TILE = 2048, 8192, 16384
 _SHARE, _LONG_SHARE = 512, 1024
 _INNERMOST = 8  # elements along the last axis, for loads of 32 bytes of float32
+_PROGRAMS = 132  # as many as an H200 runs side by side: small tensors have smaller tiles
 # Rows that are rotated: each tile loads a matrix for it, and four warps multiply as one (up to 64
 # rows). With more of them an H200 took two to five times as long.
 _TURN_TILE, _TURN_WARPS = 8192, 4
@@ -80,6 +81,9 @@ class _Tiles(NamedTuple):
         beside = min(max(beside, 1 if inner == 1 else _INNERMOST), pl.next_power_of_2(other))
         if padded * beside > _LARGEST_TILE:
             return None
+        around, least = (1, 1) if inner == 1 else (outer, _INNERMOST)
+        while not whole and beside > least and around * pl.cdiv(other, beside) < _PROGRAMS:
+            beside //= 2
         count, sizes = pl.cdiv(other, beside), (padded,) if whole else sizes_of(length)
         long = sum(sizes)
         if inner == 1:
@@ -90,9 +94,8 @@ class _Tiles(NamedTuple):
     def warps(self) -> int:
         """Of a kernel that does not rotate."""
         size = pl.next_power_of_2(math.prod(self.tile))
-        is_long = self.axis == 0 or size // self.tile[0] >= _ROW_TILE
-        share = _LONG_SHARE if is_long else _SHARE
-        return max(1, min(16, size // share))
+        is_long = size >= _COLUMN_TILE if self.axis == 0 else size // self.tile[0] >= _ROW_TILE
+        return max(1, min(16, size // (_LONG_SHARE if is_long else _SHARE)))
 
     @property
     def view(self) -> TileView:

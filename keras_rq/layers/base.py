@@ -207,7 +207,7 @@ class QuantizedLayer:
         given: Mapping[str, Any] | None = None,
         fold: Any = None,
     ) -> Any:
-        """The kernel that enters the product: rotated where its input will be.
+        """The kernel that enters the product: rotated where its input will be, in its dtype.
 
         `given` are the values of the kernel's parameters, those of the layer if left out. `fold` is
         the factor that `master` holds, and the result no more.
@@ -220,7 +220,8 @@ class QuantizedLayer:
         unrotate = not self._rotates_alike(product, master.shape)
 
         def make() -> Any:
-            quantized = weights.fake_quantize(master, blocks, given, unrotate=unrotate)
+            dtype = self.compute_dtype if fold is None else None
+            quantized = weights.fake_quantize(master, blocks, given, unrotate=unrotate, dtype=dtype)
             return quantized if fold is None else quantized / fold
 
         return once_per_call((id(self), name), make)

@@ -54,6 +54,7 @@ def main() -> None:
                 print(_line(row), flush=True)
             if options.out is not None:
                 provenance = {**_provenance(), "packages": environments}
+                provenance["commit"] = options.commit or provenance["commit"]
                 _write(options.out, {"provenance": provenance, "rows": rows})
 
 
@@ -71,6 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--venvs", type=Path, default=HERE / ".venvs", help="one folder per peer")
     parser.add_argument("--current", action="store_true", help="this Python; make no environment")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="the commit, where the sources are no git checkout")
     return parser.parse_args()
 
 

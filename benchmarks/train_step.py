@@ -233,7 +233,7 @@ def _profile(folder: Path, group: Any, rows: list[dict[str, Any]], provenance: d
         lines += [*profiles.floor_lines(row, base, rate), "", *profiles.table(name, found[name])]
         lines += ["", *profiles.table("float", found["float"])]
         parts = [row[k] for k in ("framework", "mode", "model", "batch", "setting")]
-        stem = "-".join(str(part).replace(":", "of") for part in parts)
+        stem = "-".join(str(part).replace(":", "of").replace(" ", "-") for part in parts)
         profiles.write(folder / f"{stem}.txt", lines)
 
 

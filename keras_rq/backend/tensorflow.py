@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -12,15 +13,61 @@ from keras_rq.backend.common import call_in_graph as call_in_graph
 from keras_rq.backend.common import compiled as compiled
 from keras_rq.backend.common import eagerly as eagerly
 from keras_rq.backend.common import make_known as make_known
-from keras_rq.backend.common import reduce_at_once as reduce_at_once
 from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule
+
+# TensorFlow promises neither; without them every statistic takes a pass of its own.
+try:
+    from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+    from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+except ImportError:
+    gen_xla_ops = None
 
 convolve = unpadded
 
 
+def _arranged(rule: GradientRule) -> GradientRule:
+    return rule.in_parts if _for_xla_on_a_cpu() else rule
+
+
+def _for_xla_on_a_cpu() -> bool:
+    """Whether XLA will compile what is traced now; then it may have operations of XLA's own."""
+    if gen_xla_ops is None or tf.executing_eagerly():
+        return False
+    others = tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU")
+    return not others and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+
+
+_NEUTRAL = {"sum": 0.0, "max": -float("inf"), "min": float("inf")}
+_COMBINE = {"sum": tf.add, "max": tf.maximum, "min": tf.minimum}
+
+
+def reduce_at_once(arrays: Sequence[Any], ways: Sequence[str], axis: int) -> Sequence[Any]:
+    """Reduces float32 arrays of one shape along an axis, each by its way: "sum", "max" or "min"."""
+    return gen_xla_ops.xla_variadic_reduce_v2(
+        inputs=arrays,
+        init_values=[tf.constant(_NEUTRAL[way]) for way in ways],
+        dimensions_to_reduce=[axis],
+        reducer=_combined(tuple(ways)),
+    )
+
+
+@functools.cache
+def _combined(ways: tuple[str, ...]) -> Any:
+    """The function of two numbers each that a reduction applies."""
+
+    @tf.function
+    def combine(*numbers: Any) -> tuple[Any, ...]:
+        pairs = zip(ways, numbers[: len(ways)], numbers[len(ways) :], strict=True)
+        return tuple(_COMBINE[way](first, second) for way, first, second in pairs)
+
+    with tf.init_scope():  # no part of the graph that happens to be traced
+        return combine.get_concrete_function(*[tf.TensorSpec((), "float32")] * (2 * len(ways)))
+
+
 def with_gradient(rule: GradientRule, x: Any) -> Any:
     """Applies `rule` to `x`; see `keras_rq.backend.rule`."""
+    rule = _arranged(rule)
 
     @tf.custom_gradient
     def apply(x: Any) -> Any:
@@ -42,6 +89,7 @@ def product_with_gradient(
 
     The forward pass is `otherwise`, where there is one.
     """
+    rule = _arranged(rule)
 
     @tf.custom_gradient
     def apply(x: Any, kernel: Any) -> Any:

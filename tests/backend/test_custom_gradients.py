@@ -83,6 +83,28 @@ def test_tf_function(quantizer: Any, xla: bool):
 
 
 @on_tensorflow
+@pytest.mark.parametrize("xla", [False, True])
+def test_several_statistics_are_one_reduction_for_xla(xla: bool):
+    import tensorflow as tf
+
+    kernel = tf.constant(RNG.normal(size=(256, 48)).astype("float32"))
+    quantizer = Ridge(8, block_size="channel")
+
+    @tf.function(jit_compile=xla)
+    def run(x: Any) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = rq.ops.fake_quantize(x, quantizer, axis=0)
+        return y, tape.gradient(y, x, output_gradients=x)
+
+    nodes = run.get_concrete_function(kernel).graph.as_graph_def().node
+    assert any(node.op == "XlaVariadicReduceV2" for node in nodes) == xla
+    received, expected = run(kernel), run.python_function(kernel)
+    assert relative_error(received[0].numpy(), expected[0].numpy()) < 1e-6
+    assert relative_error(received[1].numpy(), expected[1].numpy()) < 2e-6
+
+
+@on_tensorflow
 def test_tf_function_with_an_unknown_batch():
     import tensorflow as tf
 

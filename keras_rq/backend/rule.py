@@ -21,12 +21,14 @@ class GradientRule(Protocol):
             neighbours along the middle axis of what `inside` has for `tiling`, which is the
             innermost, and they fill its blocks; `leave_back` is too, and `leave` and `enter_back`
             change nothing.
+        prunes: whether a mask says which elements are kept.
         in_parts: the same rule, its passes arranged for XLA's CPU backend.
     """
 
     tiling: tuple[int, int, int] | None
     split_is_reshape: bool
     turn: int | None
+    prunes: bool
     in_parts: Self
 
     def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:

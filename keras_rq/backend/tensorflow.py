@@ -27,7 +27,8 @@ convolve = unpadded
 
 
 def _arranged(rule: GradientRule) -> GradientRule:
-    return rule.in_parts if _for_xla_on_a_cpu() else rule
+    # What the XLA of TensorFlow gains with parts, a mask takes away: both arrangements need it.
+    return rule.in_parts if _for_xla_on_a_cpu() and not rule.prunes else rule
 
 
 def _for_xla_on_a_cpu() -> bool:
@@ -40,10 +41,13 @@ def _for_xla_on_a_cpu() -> bool:
 
 _NEUTRAL = {"sum": 0.0, "max": -float("inf"), "min": float("inf")}
 _COMBINE = {"sum": tf.add, "max": tf.maximum, "min": tf.minimum}
+_REDUCE = {"sum": tf.reduce_sum, "max": tf.reduce_max, "min": tf.reduce_min}
 
 
 def reduce_at_once(arrays: Sequence[Any], ways: Sequence[str], axis: int) -> Sequence[Any]:
     """Reduces float32 arrays of one shape along an axis, each by its way: "sum", "max" or "min"."""
+    if len(arrays) == 1:
+        return [_REDUCE[way](array, axis) for array, way in zip(arrays, ways, strict=True)]
     return gen_xla_ops.xla_variadic_reduce_v2(
         inputs=arrays,
         init_values=[tf.constant(_NEUTRAL[way]) for way in ways],

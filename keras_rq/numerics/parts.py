@@ -3,7 +3,7 @@
 Left alone, it makes a pass over memory for every array that it reduces, and so for every product
 of which a statistic is the mean. It makes one pass for several if they are one reduction, along an
 axis of few elements. So statistics are taken of parts of a block first, of as many arrays as there
-are, what comes out is reduced further. A single array is added up as a chain, in registers.
+are, and what comes out is reduced further.
 
 Where blocks run along an outer axis, a part is a few rows; they divide the blocks and the last one
 too, so that nothing is padded. Where they run along the innermost axis, a part is every so many
@@ -12,7 +12,6 @@ elements, and as many parts lie beside each other as a vector of the processor h
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -30,7 +29,6 @@ _LANES = 16  # parts beside each other, or a multiple
 
 # By the name of a statistic: how it is reduced, and what changes nothing.
 _WAYS = {"mean_of_present": ("sum", 0.0), "max": ("max", -np.inf), "min": ("min", np.inf)}
-_COMBINE = {"sum": operator.add, "max": ops.maximum, "min": ops.minimum}
 
 Reduce = Callable[[Sequence[Any], Sequence[str], int], Sequence[Any]]
 
@@ -148,11 +146,7 @@ class _Statistics:
             (self._or(values, absent) if absent else values).values  # zero already: see `present`
             for (_, values), absent in zip(wanted, neutral, strict=True)
         ]
-        axis = self.merged.position + 1
-        if len(given) == 1:
-            of_parts = [_chained(_COMBINE[ways[0]], given[0], axis)]
-        else:
-            of_parts = self.reduce(given, ways, axis)
+        of_parts = self.reduce(given, ways, self.merged.position + 1)
         made = [
             self._of_blocks(one, getattr(ops, way), absent)
             for one, way, absent in zip(of_parts, ways, neutral, strict=True)
@@ -171,13 +165,6 @@ class _Statistics:
 
     def min(self, values: Parts) -> Any:
         return self.at_once(("min", values))[0]
-
-
-def _chained(combine: Callable[..., Any], values: Any, axis: int) -> Any:
-    before = (slice(None),) * axis
-    made = functools.reduce(combine, [values[(*before, i)] for i in range(values.shape[axis])])
-    # Changes nothing, but keeps the compiler from taking the chain apart for its own reduction.
-    return ops.where(ops.isnan(made), np.float32(np.nan), made)
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class FakeQuantization:
         A kernel may then work tile by tile. Masks and rotations look beyond a single block; a
         rotation can be done before and after, see `inside`.
         """
-        alone = self.quantizer.pattern is None and not self._rotates
+        alone = not self.prunes and not self._rotates
         return self.view.extents if alone else None
 
     @property
@@ -140,6 +140,11 @@ class FakeQuantization:
 
     def leave_back(self, gradient: Any, dtype: Any) -> Any:
         return ops.cast(self._rotate(gradient), dtype) if self._rotates else gradient
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a mask says which elements are kept."""
+        return self.quantizer.pattern is not None
 
     @property
     def in_parts(self) -> FakeQuantization:

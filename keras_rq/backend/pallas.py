@@ -35,7 +35,7 @@ from keras_rq.numerics.rotations import signs
 _ROW_TILE, _COLUMN_TILE, _LARGEST_TILE = 2048, 8192, 16384
 _SHARE, _LONG_SHARE = 512, 1024
 _INNERMOST = 8  # elements along the last axis, for loads of 32 bytes of float32
-_PROGRAMS = 132  # as many as an H200 runs side by side: small tensors have smaller tiles
+_PROGRAMS = 132  # one for each multiprocessor of an H200: small tensors have smaller tiles
 # Rows that are rotated: each tile loads a matrix for it, and four warps multiply as one (up to 64
 # rows). With more of them an H200 took two to five times as long.
 _TURN_TILE, _TURN_WARPS = 8192, 4
@@ -228,7 +228,7 @@ def _call(
 ) -> Sequence[Any]:
     """Runs a function on every tile of some arrays, and on whole small ones.
 
-    A gradient takes the place of the upstream one, which nothing else reads.
+    A gradient takes the place of the upstream one; XLA copies that where something else reads it.
     """
     shapes = [(tiles.tile, a.dtype) for a in arrays] + [(a.shape, a.dtype) for a in whole]
     made = jax.eval_shape(function, *(jax.ShapeDtypeStruct(*one) for one in shapes))

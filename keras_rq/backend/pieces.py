@@ -20,11 +20,17 @@ _JOIN = {
     jax.lax.reduce_max_p: jax.lax.max,
     jax.lax.reduce_min_p: jax.lax.min,
 }
-_ARITHMETIC = {"abs", "add", "clamp", "div", "max", "min", "mul", "neg", "sign", "square", "sub"}
-_FUNCTIONS = {"ceil", "erf", "exp", "exp2", "floor", "log", "logistic", "rsqrt", "sqrt", "tanh"}
-_POWERS = {"integer_pow", "pow"}
+# All that Triton computes element by element.
+_ARITHMETIC = {"abs", "add", "clamp", "div", "max", "min", "mul", "neg", "rem", "sign", "sub"}
+_POWERS = {"cbrt", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "pow", "rsqrt", "sqrt"}
+_FUNCTIONS = {"ceil", "cos", "erf", "floor", "logistic", "nextafter", "sin", "square", "tan"}
+_INVERSE = {"acos", "asin", "atan", "atan2"}
+_HYPERBOLIC = {"acosh", "asinh", "atanh", "cosh", "sinh", "tanh"}
 _CONDITIONS = {"and", "eq", "ge", "gt", "is_finite", "le", "lt", "ne", "not", "or", "select_n"}
-_BY_ELEMENT = _ARITHMETIC | _FUNCTIONS | _POWERS | _CONDITIONS | {"convert_element_type", "copy"}
+_CASTS = {"bitcast_convert_type", "convert_element_type", "copy", "stop_gradient"}
+_BY_ELEMENT = (
+    _ARITHMETIC | _POWERS | _FUNCTIONS | _INVERSE | _HYPERBOLIC | _CONDITIONS | _CASTS | {"xor"}
+)
 _NESTED = ("jaxpr", "call_jaxpr")  # where an equation keeps the function that it calls
 _MOST, _SMALLEST = 3, 32
 

@@ -207,7 +207,7 @@ class QuantizedLayer:
         given: Mapping[str, Any] | None = None,
         fold: Any = None,
     ) -> Any:
-        """The kernel that enters the product: rotated where its input will be, in its dtype.
+        """The kernel that enters the product: rotated where its input will be.
 
         `given` are the values of the kernel's parameters, those of the layer if left out. `fold` is
         the factor that `master` holds, and the result no more.
@@ -220,8 +220,7 @@ class QuantizedLayer:
         unrotate = not self._rotates_alike(product, master.shape)
 
         def make() -> Any:
-            dtype = self.compute_dtype if fold is None else None
-            quantized = weights.fake_quantize(master, blocks, given, unrotate=unrotate, dtype=dtype)
+            quantized = weights.fake_quantize(master, blocks, given, unrotate=unrotate)
             return quantized if fold is None else quantized / fold
 
         return once_per_call((id(self), name), make)

@@ -64,6 +64,21 @@ class Parts:
     def __mul__(self, other: Any) -> Parts:
         return self.map(operator.mul, other)
 
+    def __truediv__(self, other: Any) -> Parts:
+        return self.map(operator.truediv, other)
+
+    def __radd__(self, other: Any) -> Parts:
+        return self + other
+
+    def __rsub__(self, other: Any) -> Parts:
+        return self.map(lambda own, other: other - own, other)
+
+    def __rmul__(self, other: Any) -> Parts:
+        return self * other
+
+    def __neg__(self) -> Parts:
+        return self.map(operator.neg)
+
     def __abs__(self) -> Parts:
         return self.map(ops.abs)
 

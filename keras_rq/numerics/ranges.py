@@ -119,7 +119,8 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
 
 def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
     if rule == "rms":
-        return grid.gaussian_edge * _root_mean_square(values, view, view.magnitude(values))
+        farthest = view.magnitude(view.present(values))
+        return grid.gaussian_edge * _root_mean_square(values, view, farthest)
     if rule == "absmean":
         steps = len(grid.codes) - 1
         return math.sqrt(max(1.0, steps / 2)) * view.mean_of_present(abs(values))

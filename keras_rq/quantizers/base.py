@@ -289,7 +289,6 @@ class Quantizer:
         parameters: Parameters | None = None,
         *,
         unrotate: bool = True,
-        dtype: Any = None,
     ) -> Any:
         """Quantizes and dequantizes, with this estimator's gradient.
 
@@ -300,18 +299,16 @@ class Quantizer:
                 are what suits `x`, and constants.
             unrotate: undo `rotation` afterwards. A product of two operands that are rotated alike
                 needs no way back.
-            dtype: float dtype of the result, that of `x` if left out.
 
         Returns:
-            A tensor of the shape of `x`.
+            A tensor of the shape and dtype of `x`.
         """
         x = ops.convert_to_tensor(x)
         if not self.has_parameters:
-            rule = self.rule(x.shape, blocks, unrotate=unrotate, dtype=dtype)
-            return backend.with_gradient(rule, x)
+            return backend.with_gradient(self.rule(x.shape, blocks, unrotate=unrotate), x)
         rotated = self.rotate(ops.cast(x, "float32"), blocks)
         values = parametric.fake_quantize(self, rotated, blocks, parameters)
-        return cast_within(self.rotate(values, blocks) if unrotate else values, dtype or x.dtype)
+        return cast_within(self.rotate(values, blocks) if unrotate else values, x.dtype)
 
     def multiply(
         self,
@@ -342,15 +339,10 @@ class Quantizer:
         return backend.product_with_gradient(rule, x, kernel, product, forward)
 
     def rule(
-        self,
-        shape: tuple[int | None, ...],
-        blocks: Blocks,
-        *,
-        unrotate: bool = True,
-        dtype: Any = None,
+        self, shape: tuple[int | None, ...], blocks: Blocks, *, unrotate: bool = True
     ) -> FakeQuantization:
         """The two passes of `fake_quantize` over a tensor of `shape`, for a backend to run."""
-        return FakeQuantization(self, blocks.view(tuple(shape)), blocks, unrotate, dtype=dtype)
+        return FakeQuantization(self, blocks.view(tuple(shape)), blocks, unrotate)
 
     def quantize(
         self, x: Any, blocks: Blocks, parameters: Parameters | None = None

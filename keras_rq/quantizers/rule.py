@@ -53,8 +53,7 @@ class FakeQuantization:
         view: the tensor's blocks.
         blocks: what the view was made of.
         unrotate: undo the quantizer's rotation afterwards.
-        rotated: whether tensors come rotated and stay so.
-        dtype: of the output; None: that of the tensor.
+        rotated: None; or the dtype of outputs, where tensors come rotated and stay so.
     """
 
     def __init__(
@@ -63,11 +62,10 @@ class FakeQuantization:
         view: BlockView,
         blocks: Blocks,
         unrotate: bool,
-        rotated: bool = False,
-        dtype: Any = None,
+        rotated: Any = None,
     ) -> None:
         self.quantizer, self.view, self.blocks = quantizer, view, blocks
-        self.unrotate, self.rotated, self.dtype = unrotate, rotated, dtype
+        self.unrotate, self.rotated = unrotate, rotated
 
     @property
     def tiling(self) -> tuple[int, int, int] | None:
@@ -92,7 +90,7 @@ class FakeQuantization:
 
     @property
     def _key(self) -> tuple[Any, ...]:
-        return self.quantizer, self.view, self.blocks, self.unrotate, self.rotated, self.dtype
+        return self.quantizer, self.view, self.blocks, self.unrotate, self.rotated
 
     def split(self, x: Any) -> Any:
         return self.view.split(x)
@@ -102,12 +100,11 @@ class FakeQuantization:
 
     def on_view(self, view: BlockView) -> FakeQuantization:
         """The same passes over another view."""
-        quantizer, *rest = self.quantizer, self.blocks, self.unrotate, self.rotated, self.dtype
-        return FakeQuantization(quantizer, view, *rest)
+        return FakeQuantization(self.quantizer, view, self.blocks, self.unrotate, self.rotated)
 
     @property
     def _rotates(self) -> bool:
-        return self.quantizer.rotation is not None and not self.rotated
+        return self.quantizer.rotation is not None and self.rotated is None
 
     @property
     def turn(self) -> int | None:
@@ -124,16 +121,14 @@ class FakeQuantization:
         """The same passes without their rotations, which `enter` and `leave` do."""
         if not self._rotates:
             return self
-        kept = "float32" if self.unrotate else keras.backend.standardize_dtype(self.dtype or dtype)
-        return FakeQuantization(self.quantizer, self.view, self.blocks, False, True, kept)
+        kept = "float32" if self.unrotate else keras.backend.standardize_dtype(dtype)
+        return FakeQuantization(self.quantizer, self.view, self.blocks, False, kept)
 
     def enter(self, x: Any) -> Any:
         return self._rotate(x) if self._rotates else x
 
     def leave(self, y: Any, dtype: Any) -> Any:
-        if not (self._rotates and self.unrotate):
-            return y
-        return cast_within(self._rotate(y), self.dtype or dtype)
+        return cast_within(self._rotate(y), dtype) if self._rotates and self.unrotate else y
 
     def enter_back(self, upstream: Any) -> Any:
         return self._rotate(upstream) if self._rotates and self.unrotate else upstream
@@ -188,10 +183,10 @@ class FakeQuantization:
     def _values(self, codes: Any, line: Any, dtype: Any) -> Any:
         values = self.view.merge(line(codes))
         values = self._rotate(values) if self.unrotate else values
-        return cast_within(values, self.dtype or dtype)
+        return cast_within(values, self.rotated or dtype)
 
     def _rotate(self, x: Any) -> Any:
-        if self.rotated:
+        if self.rotated is not None:
             return ops.cast(x, "float32")
         return self.quantizer.rotate(x, self.blocks)
 

@@ -97,6 +97,8 @@ def test_several_statistics_are_one_reduction_for_xla(xla: bool):
             y = rq.ops.fake_quantize(x, quantizer, axis=0)
         return y, tape.gradient(y, x, output_gradients=x)
 
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("the way of XLA's CPU backend")
     nodes = run.get_concrete_function(kernel).graph.as_graph_def().node
     assert any(node.op == "XlaVariadicReduceV2" for node in nodes) == xla
     received, expected = run(kernel), run.python_function(kernel)

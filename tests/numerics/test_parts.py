@@ -56,6 +56,30 @@ def test_both_passes_are_those_of_whole_blocks(name: str, shape: Any, axis: int,
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda a, b, s: 0.5 * a + s - b / s,
+        lambda a, b, s: 1.0 - a * b,
+        lambda a, b, s: abs(-a) * (2.0 + b),
+    ],
+)
+@pytest.mark.parametrize(("shape", "axis"), [((6, 256), -1), ((256, 40), 0)])
+def test_parts_know_arithmetic(function: Any, shape: Any, axis: int):
+    random = np.random.default_rng(0)
+    pair = [ops.convert_to_tensor(random.normal(size=shape), "float32") for _ in range(2)]
+    rule = Ridge(4).rule(shape, Blocks((axis,), (), 128))
+
+    def made(view: Any) -> Any:
+        a, b = (view.split(one) for one in pair)
+        return view.mean_of_present(function(a, b, view.magnitude(a)))
+
+    plain, parts = to_numpy(made(rule.view)), to_numpy(made(rule.in_parts.view.for_statistics))
+    if axis == 0:  # there, parts have an entry each, equal within a block
+        parts = parts.reshape(2, -1, 1, 40)[:, 0]
+    assert relative_error(parts, plain) < 1e-5
+
+
+@pytest.mark.parametrize(
     ("shape", "axis", "size"),
     [
         ((4, 256), 1, 16),  # one element a part

@@ -62,29 +62,26 @@ class _Tiles(NamedTuple):
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, tiling: tuple[int, int, int] | None, row_tile: int | None = None, whole: bool = False
-    ) -> _Tiles | None:
+    def of(cls, tiling: tuple[int, int, int] | None, turned: bool = False) -> _Tiles | None:
         """Tiles for the `tiling` of a rule; None: too large.
 
         Args:
             tiling: see `GradientRule`.
-            row_tile: elements of a tile of rows, `_ROW_TILE` if left out.
-            whole: leave blocks in one piece.
+            turned: whether they are rotated, which takes many rows, in one piece each.
         """
         if tiling is None or 0 in tiling:
             return None
         outer, length, inner = tiling
-        padded = pl.next_power_of_2(length)
-        other = outer if inner == 1 else inner
-        beside = max((row_tile or _ROW_TILE) // padded, 1) if inner == 1 else _COLUMN_TILE // padded
-        beside = min(max(beside, 1 if inner == 1 else _INNERMOST), pl.next_power_of_2(other))
+        padded, size = pl.next_power_of_2(length), _TURN_TILE if turned else _ROW_TILE
+        other, around, least = outer, 1, 1
+        if inner > 1:
+            other, around, least, size = inner, outer, _INNERMOST, _COLUMN_TILE
+        beside = min(max(size // padded, least), pl.next_power_of_2(other))
         if padded * beside > _LARGEST_TILE:
             return None
-        around, least = (1, 1) if inner == 1 else (outer, _INNERMOST)
-        while not whole and beside > least and around * pl.cdiv(other, beside) < _PROGRAMS:
+        while not turned and beside > least and around * pl.cdiv(other, beside) < _PROGRAMS:
             beside //= 2
-        count, sizes = pl.cdiv(other, beside), (padded,) if whole else sizes_of(length)
+        count, sizes = pl.cdiv(other, beside), (padded,) if turned else sizes_of(length)
         long = sum(sizes)
         if inner == 1:
             return cls((outer, length), (beside, long), 1, length, (count,), sizes)
@@ -175,7 +172,7 @@ class Kernels(NamedTuple):
         """Those for a tensor of some dtype; None where its blocks do not fit a tile."""
         inside, turn = rule.inside(dtype), rule.turn
         if turn is not None and turn >= _SMALLEST_SIDE and jnp.dtype(dtype).itemsize == 2:
-            tiles = _Tiles.of(inside.tiling, _TURN_TILE, whole=True)
+            tiles = _Tiles.of(inside.tiling, turned=True)
             if tiles is not None and math.prod(tiles.tile) >= _SMALLEST_SIDE * turn:
                 return cls(inside, tiles, inside, turn)
         tiles = _Tiles.of(inside.tiling)

@@ -8,6 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_rq.backend import common
 from keras_rq.backend.common import as_it_is_now as as_it_is_now
 from keras_rq.backend.common import call_in_graph as call_in_graph
 from keras_rq.backend.common import compiled as compiled
@@ -35,19 +36,18 @@ def _for_xla_on_a_cpu() -> bool:
     """Whether XLA will compile what is traced now; then it may have operations of XLA's own."""
     if gen_xla_ops is None or tf.executing_eagerly():
         return False
-    others = tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU")
-    return not others and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
+    is_elsewhere = _has_gpu or tf.config.list_physical_devices("TPU")
+    return not is_elsewhere and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
 _NEUTRAL = {"sum": 0.0, "max": -float("inf"), "min": float("inf")}
 _COMBINE = {"sum": tf.add, "max": tf.maximum, "min": tf.minimum}
-_REDUCE = {"sum": tf.reduce_sum, "max": tf.reduce_max, "min": tf.reduce_min}
 
 
 def reduce_at_once(arrays: Sequence[Any], ways: Sequence[str], axis: int) -> Sequence[Any]:
     """Reduces float32 arrays of one shape along an axis, each by its way: "sum", "max" or "min"."""
     if len(arrays) == 1:
-        return [_REDUCE[way](array, axis) for array, way in zip(arrays, ways, strict=True)]
+        return common.reduce_at_once(arrays, ways, axis)
     return gen_xla_ops.xla_variadic_reduce_v2(
         inputs=arrays,
         init_values=[tf.constant(_NEUTRAL[way]) for way in ways],

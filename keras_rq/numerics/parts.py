@@ -67,20 +67,16 @@ class Parts:
     def __truediv__(self, other: Any) -> Parts:
         return self.map(operator.truediv, other)
 
-    def __radd__(self, other: Any) -> Parts:
-        return self + other
-
     def __rsub__(self, other: Any) -> Parts:
         return self.map(lambda own, other: other - own, other)
-
-    def __rmul__(self, other: Any) -> Parts:
-        return self * other
 
     def __neg__(self) -> Parts:
         return self.map(operator.neg)
 
     def __abs__(self) -> Parts:
         return self.map(ops.abs)
+
+    __radd__, __rmul__ = __add__, __mul__
 
 
 def elementwise(function: Callable[[Any], Any], values: Any) -> Any:

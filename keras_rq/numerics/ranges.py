@@ -111,7 +111,7 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
         ("mean_of_present", values), ("min", values), ("max", values)
     )
     farthest = ops.maximum(largest - center, center - least)
-    reach = grid.gaussian_edge * _root_mean_square(values - center, view, farthest)
+    reach = grid.gaussian_edge * _root_mean_square(view.present(values - center), view, farthest)
     width = ops.minimum(2 * reach, largest - least)
     # No `clip`: where rounding makes its bounds cross, backends disagree on which of them wins.
     return ops.maximum(least, ops.minimum(center - reach, largest - width)), width
@@ -119,8 +119,8 @@ def _interval(values: Any, view: BlockView, grid: Grid, rule: str) -> tuple[Any,
 
 def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
     if rule == "rms":
-        farthest = view.magnitude(view.present(values))
-        return grid.gaussian_edge * _root_mean_square(values, view, farthest)
+        values = view.present(values)
+        return grid.gaussian_edge * _root_mean_square(values, view, view.magnitude(values))
     if rule == "absmean":
         steps = len(grid.codes) - 1
         return math.sqrt(max(1.0, steps / 2)) * view.mean_of_present(abs(values))
@@ -129,7 +129,7 @@ def _magnitude(values: Any, view: BlockView, grid: Grid, rule: str) -> Any:
 
 def _root_mean_square(values: Any, view: BlockView, farthest: Any) -> Any:
     # Relative to the largest magnitude, so that the squares of huge and tiny values stay finite.
-    values, unit = view.present(values), _at_least(farthest)
+    unit = _at_least(farthest)
     values = values * (1.0 / unit)
     return unit * ops.sqrt(view.mean_of_present(values * values))
 

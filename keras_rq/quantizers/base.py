@@ -27,7 +27,7 @@ from keras_rq.quantizers import parametric, static
 from keras_rq.quantizers.parameters import Observation, Parameter
 from keras_rq.quantizers.parametric import Parameters
 from keras_rq.quantizers.rule import FakeQuantization, Rounding, cast_within
-from keras_rq.quantizers.tensor import QuantizedTensor
+from keras_rq.quantizers.tensor import QuantizedTensor, rotate
 
 
 class Encoding(NamedTuple):
@@ -364,9 +364,7 @@ class Quantizer:
 
     def rotate(self, x: Any, blocks: Blocks) -> Any:
         """`rotation`, which is its own inverse, along the contraction; the result is float32."""
-        if self.rotation is None:
-            return ops.cast(x, "float32")
-        return rotations.hadamard(x, blocks.axes, backend.float32_matmul, backend.rotation_side())
+        return ops.cast(x, "float32") if self.rotation is None else rotate(x, blocks.axes)
 
     def codes_and_line(
         self, x: Any, view: BlockView, blocks: Blocks, parameters: Parameters | None = None

@@ -16,6 +16,11 @@ from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.grids import Grid
 
 
+def rotate(x: Any, axes: tuple[int, ...]) -> Any:
+    """The block Hadamard rotation, its own inverse, in the backend's way; the result is float32."""
+    return rotations.hadamard(x, axes, backend.float32_matmul, backend.rotation_side())
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """Integer codes with a scale and an offset per block; unpacks to `(codes, scale, offset)`.
@@ -61,11 +66,7 @@ class QuantizedTensor:
         """The float32 tensor that the codes stand for."""
         codes = self.view.split(ops.cast(self.codes, "float32"))
         values = self.view.merge(self.line(codes))
-        if not self.rotated:
-            return values
-        return rotations.hadamard(
-            values, self.axes, backend.float32_matmul, backend.rotation_side()
-        )
+        return rotate(values, self.axes) if self.rotated else values
 
     def packed(self) -> dict[str, np.ndarray]:
         """The arrays that storage needs: packed codes, a mask if sparse, scales and offsets."""

@@ -135,6 +135,20 @@ def affine_matmul(x: QuantizedTensor, w: QuantizedTensor) -> Any:
     >>> rq.ops.affine_matmul(x, w).shape == (2, 3)
     True
     """
+    return matmul_with_sums(x, w)
+
+
+def matmul_with_sums(
+    x: QuantizedTensor, w: QuantizedTensor, sums_x: Any = None, sums_w: Any = None
+) -> Any:
+    """`affine_matmul`, where the sums of the codes of every block may be known.
+
+    Args:
+        x: see `affine_matmul`.
+        w: see `affine_matmul`.
+        sums_x: of `x`, as `Quantizer.quantize_and_sum` returns them.
+        sums_w: of `w`, likewise.
+    """
     _check_operands(x, w)
     length = w.shape[0]
     blocks_x, blocks_w = x.scale.shape[-1], w.scale.shape[0]
@@ -147,8 +161,8 @@ def affine_matmul(x: QuantizedTensor, w: QuantizedTensor) -> Any:
         of_x, of_w = (b if n > 1 else 0 for n in (blocks_x, blocks_w))
         term = theorem1(
             ops.einsum("...k,kn->...n", cx[..., b, :], cw[b]),  # int8 into int32
-            ops.sum(ops.cast(cx[..., b, :], "int32"), axis=-1, keepdims=True),
-            ops.sum(ops.cast(cw[b], "int32"), axis=0),
+            _code_sums(x, cx[..., b, :], sums_x, b, blocks)[..., None],
+            _code_sums(w, cw[b], sums_w, b, blocks),
             ops.convert_to_tensor(np.int32(count)),
             x.scale[..., of_x, None],
             x.offset[..., of_x, None],
@@ -157,6 +171,18 @@ def affine_matmul(x: QuantizedTensor, w: QuantizedTensor) -> Any:
         )
         total = term if total is None else total + term
     return total
+
+
+def _code_sums(tensor: QuantizedTensor, codes: Any, known: Any, block: int, blocks: int) -> Any:
+    """Sums along the contraction of the codes of one block, which `codes` are alone."""
+    axis = tensor.axes[0] % len(tensor.shape)
+    others = [n for a, n in enumerate(codes.shape) if a != axis]
+    if known is not None and tensor.scale.shape[axis] == blocks:
+        known = tensor.view.statistic(known)
+        known = known[..., block] if axis else known[block]
+        if list(known.shape) == others:  # else a block spans several rows
+            return known
+    return ops.sum(ops.cast(codes, "int32"), axis=axis)
 
 
 # XLA's GPU kernels multiply int8 wrongly where the contraction is no multiple of 8 (jaxlib 0.11.2,

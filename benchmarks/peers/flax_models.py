@@ -96,13 +96,14 @@ class NanoGPT(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         normal = nn.initializers.normal(0.02)
-        x = nn.Embed(common.VOCABULARY, self.width, dtype=self.dtype, embedding_init=normal)(tokens)
+        # Its gradient in float32, as in benchmarks/models.py, which says why.
+        x = nn.Embed(common.VOCABULARY, self.width, dtype="float32", embedding_init=normal)(tokens)
         table = self.param("positions", normal, (common.CONTEXT, self.width))
-        x = _dropout(x + table.astype(self.dtype))
+        x = _dropout((x + table).astype(self.dtype))
         for index in range(self.blocks):
             x = Block(self.dtype, self.heads, self.dot, name=f"block{index}")(x)
         head = nn.Dense(
-            common.VOCABULARY, use_bias=False, dtype=self.dtype, kernel_init=normal, name="head"
+            common.VOCABULARY, use_bias=False, dtype="float32", kernel_init=normal, name="head"
         )
         return head(_norm(self.dtype)(x))
 

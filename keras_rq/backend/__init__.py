@@ -27,6 +27,7 @@ convolve = _backend.convolve
 eagerly = _backend.eagerly
 float32_matmul = _backend.float32_matmul
 forget_traces = _backend.forget_traces
+integer_codes = _backend.integer_codes
 make_known = _backend.make_known
 product_with_gradient = _backend.product_with_gradient
 reduce_at_once = _backend.reduce_at_once
@@ -42,6 +43,7 @@ __all__ = [
     "eagerly",
     "float32_matmul",
     "forget_traces",
+    "integer_codes",
     "make_known",
     "product_with_gradient",
     "reduce_at_once",

@@ -81,6 +81,11 @@ def product_with_gradient(
     return apply(x, kernel, *constants)
 
 
+def integer_codes(rule: GradientRule, x: Any) -> tuple[Any, Any, Any]:
+    """What `rule.integer_codes(x)` returns, on a GPU by one kernel."""
+    return pallas.integer_codes(rule, x)
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays, as one program: else XLA compiles every operation of every shape."""
     return jax.jit(function)

@@ -12,6 +12,7 @@ from keras_rq.backend.common import call_in_graph as call_in_graph
 from keras_rq.backend.common import compiled as compiled
 from keras_rq.backend.common import eagerly as eagerly
 from keras_rq.backend.common import forget_traces as forget_traces
+from keras_rq.backend.common import integer_codes as integer_codes
 from keras_rq.backend.common import make_known as make_known
 from keras_rq.backend.common import reduce_at_once as reduce_at_once
 from keras_rq.backend.common import rotation_side as rotation_side

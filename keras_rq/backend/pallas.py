@@ -3,8 +3,8 @@
 A kernel loads a tile of whole blocks, runs the rule itself on it, traced as it stands, and stores
 the result: there is no second copy of the mathematics. Statistics stay in registers, and the
 backward kernel finds them again from `x`, which it reads anyway. XLA, given the same functions,
-makes a pass over the tensor for every reduction. Rotations of 16-bit rows are done on the tile, by
-the matrix units; others before and after, in passes of their own.
+makes a pass over the tensor for every reduction. Rotations are done on the tile, by the matrix
+units; those that do not fit it, or are undone again, before and after, in passes of their own.
 
 On other devices, for tensors whose blocks do not fit a tile, and under `keras.distribution`, whose
 partitioner cannot look into a kernel, the rule runs as plain array operations; so it does
@@ -62,28 +62,32 @@ class _Tiles(NamedTuple):
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, tiling: tuple[int, int, int] | None, turned: bool = False) -> _Tiles | None:
-        """Tiles for the `tiling` of a rule; None: too large.
+    def of(cls, tiling: tuple[int, int, int] | None, turn: int | None = None) -> _Tiles | None:
+        """Tiles for the `tiling` of a rule; None: too large, or nothing that can be rotated.
 
         Args:
             tiling: see `GradientRule`.
-            turned: whether they are rotated, which takes many rows, in one piece each.
+            turn: see `GradientRule`; None: nothing is rotated.
         """
         if tiling is None or 0 in tiling:
             return None
         outer, length, inner = tiling
-        padded, size = pl.next_power_of_2(length), _TURN_TILE if turned else _ROW_TILE
-        other, around, least = outer, 1, 1
-        if inner > 1:
-            other, around, least, size = inner, outer, _INNERMOST, _COLUMN_TILE
+        padded, is_row = pl.next_power_of_2(length), inner == 1
+        other, around, least = (outer, 1, 1) if is_row else (inner, outer, _INNERMOST)
+        size, sizes = (_ROW_TILE if is_row else _COLUMN_TILE), sizes_of(length)
+        if turn is not None:
+            size, sizes, least = _TURN_TILE, (padded,), max(_SMALLEST_SIDE * turn // padded, 1)
         beside = min(max(size // padded, least), pl.next_power_of_2(other))
         if padded * beside > _LARGEST_TILE:
             return None
-        while not turned and beside > least and around * pl.cdiv(other, beside) < _PROGRAMS:
+        if turn is not None and (beside < least or not (is_row or length == turn)):
+            return None
+        may_narrow = turn is None or not is_row
+        while may_narrow and beside > least and around * pl.cdiv(other, beside) < _PROGRAMS:
             beside //= 2
-        count, sizes = pl.cdiv(other, beside), (padded,) if turned else sizes_of(length)
+        count = pl.cdiv(other, beside)
         long = sum(sizes)
-        if inner == 1:
+        if is_row:
             return cls((outer, length), (beside, long), 1, length, (count,), sizes)
         return cls((outer, length, inner), (long, beside), 0, length, (count, outer), sizes)
 
@@ -105,6 +109,26 @@ class _Tiles(NamedTuple):
         place[self.axis] = pl.ds(sum(self.sizes[:piece]), self.sizes[piece])
         return (pl.program_id(1), *place) if len(self.shape) == 3 else tuple(place)
 
+    @property
+    def statistic_shape(self) -> tuple[int, ...]:
+        """Of what there is one of for every block."""
+        return (self.shape[0], *self.shape[2:])
+
+    @property
+    def statistic_index(self) -> tuple[Any, ...]:
+        """Which blocks the running kernel works on."""
+        size = self.tile[1 - self.axis]
+        place = pl.ds(pl.program_id(0) * size, size)
+        return (pl.program_id(1), place) if len(self.shape) == 3 else (place,)
+
+    @property
+    def statistic_mask(self) -> Any:
+        """Which blocks exist; None: all."""
+        size, count = self.tile[1 - self.axis], self.statistic_shape[-1]
+        if count % size == 0:
+            return None
+        return pl.program_id(0) * size + jax.lax.broadcasted_iota(jnp.int32, (size,), 0) < count
+
     def mask(self, piece: int) -> Any:
         """Which elements of a piece exist; None: all."""
         other = 1 - self.axis
@@ -121,20 +145,26 @@ class _Tiles(NamedTuple):
 
 
 class _Turned:
-    """A rule with the rotations of its tiles, which multiply by `matrix`: signs, of 16 bits."""
+    """A rule with the rotations of its tiles, which multiply by `matrix`: signs, of 16 bits.
 
-    def __init__(self, rule: GradientRule, matrix: Any) -> None:
-        self._rule, self._matrix = rule, matrix
+    Rows are rotated in lines as long as the matrix; columns are as long.
+    """
+
+    def __init__(self, rule: GradientRule, matrix: Any, axis: int) -> None:
+        self._rule, self._matrix, self._axis = rule, matrix, axis
         self._given: Any = None
         self._rotated: Any = None
 
     def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:
         return self._rule.forward(self._enter(x))
 
+    def integer_codes(self, x: Any) -> tuple[Any, Any, Any]:
+        return self._rule.integer_codes(self._enter(x))
+
     def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
         gradient = self._rule.backward(self._enter(x), statistics, upstream)
-        # One product in the precision of x, which the upstream gradient came in: one rounding more
-        # than the plain rule, which rotates in float32.
+        # Of 16 bits, one product in their precision: one rounding more than the plain rule, which
+        # rotates in float32.
         return self._product(gradient.astype(x.dtype)).astype(x.dtype)
 
     def _enter(self, x: Any) -> Any:
@@ -144,10 +174,29 @@ class _Turned:
 
     def _product(self, x: Any) -> Any:
         size = self._matrix.shape[0]
-        made = jax.lax.dot(
-            x.reshape(-1, size), self._matrix.astype(x.dtype), preferred_element_type="float32"
-        )
-        return made.reshape(x.shape) * (1.0 / math.sqrt(size))
+        # The small parts first.
+        parts = reversed(_in_16_bits(x)) if x.dtype == jnp.float32 else [x]
+        made = sum(self._times(part) for part in parts)
+        return made * (1.0 / math.sqrt(size))
+
+    def _times(self, x: Any) -> Any:
+        matrix = self._matrix.astype(x.dtype)
+        if self._axis == 0:
+            return jax.lax.dot(matrix, x, preferred_element_type="float32")
+        lines = x.reshape(-1, matrix.shape[0])
+        return jax.lax.dot(lines, matrix, preferred_element_type="float32").reshape(x.shape)
+
+
+def _in_16_bits(x: Any) -> list[Any]:
+    """Three bfloat16 tensors whose sum is a float32 one, to the last digit of what is not tiny."""
+    parts = []
+    for _ in range(3):
+        # Cut off, by bits: a cast there and back is what XLA takes for nothing.
+        bits = jax.lax.bitcast_convert_type(x, jnp.int32) & -(1 << 16)
+        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        parts.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return parts
 
 
 class Kernels(NamedTuple):
@@ -171,9 +220,9 @@ class Kernels(NamedTuple):
     def of(cls, rule: GradientRule, dtype: Any) -> Kernels | None:
         """Those for a tensor of some dtype; None where its blocks do not fit a tile."""
         inside, turn = rule.inside(dtype), rule.turn
-        if turn is not None and turn >= _SMALLEST_SIDE and jnp.dtype(dtype).itemsize == 2:
-            tiles = _Tiles.of(inside.tiling, turned=True)
-            if tiles is not None and math.prod(tiles.tile) >= _SMALLEST_SIDE * turn:
+        if turn is not None and turn >= _SMALLEST_SIDE and jnp.dtype(dtype).itemsize in (2, 4):
+            tiles = _Tiles.of(inside.tiling, turn)
+            if tiles is not None:
                 return cls(inside, tiles, inside, turn)
         tiles = _Tiles.of(inside.tiling)
         return None if tiles is None else cls(inside, tiles, rule)
@@ -181,32 +230,43 @@ class Kernels(NamedTuple):
     def forward(self, x: Any) -> Any:
         """The rule's output."""
         (y,) = self._run(lambda rule, x: rule.forward(x)[:1], self.outside.enter(x))
-        return self.outside.leave(y, x.dtype)
+        return self.outside.leave(self._merged(y), x.dtype)
+
+    def integer_codes(self, x: Any) -> tuple[Any, Any, Any]:
+        """What the rule's `integer_codes` returns."""
+        x = self.outside.enter(x)
+        form = jax.tree.structure(jax.eval_shape(self.inside.integer_codes, x))
+        made = self._run(lambda rule, x: jax.tree.leaves(rule.integer_codes(x)), x)
+        shape = self.inside.view.statistic_shape
+        parts = [self._merged(made[0]), *(part.reshape(shape) for part in made[1:])]
+        return jax.tree.unflatten(form, parts)
 
     def backward(self, again: bool, x: Any, upstream: Any) -> tuple[Any, ...]:
         """The gradient to `x`; and, for `again`, the output."""
         given = self.outside.enter(x), self.outside.enter_back(upstream)
         gradient, *y = self._run(functools.partial(_passes, again), *given)
-        y = [self.outside.leave(one, x.dtype) for one in y]
-        return self.outside.leave_back(gradient, x.dtype), *y
+        y = [self.outside.leave(self._merged(one), x.dtype) for one in y]
+        return self.outside.leave_back(self._merged(gradient), x.dtype), *y
 
-    def _run(self, passes: Callable[..., tuple[Any, ...]], *arrays: Any) -> tuple[Any, ...]:
+    def _merged(self, values: Any) -> Any:
+        """A tensor from its blocks as kernels see them."""
+        return self.inside.merge(values.reshape(self.inside.view.split_shape))
+
+    def _run(self, passes: Callable[..., Sequence[Any]], *arrays: Any) -> Sequence[Any]:
         """`passes(rule, *tiles)` on every tile of arrays that are shaped alike."""
-        split = [self.inside.split(a) for a in arrays]
         tiles, rule = self.tiles, self.inside.on_view(self.tiles.view)
-        given = [a.reshape(tiles.shape) for a in split]
+        given = [self.inside.split(a).reshape(tiles.shape) for a in arrays]
         run = functools.partial(_call, tiles, interpret=self.interpret)
         if self.turn is None:
-            made = run(functools.partial(passes, rule), given, (), warps=tiles.warps)
-        else:
-            matrix = jnp.asarray(signs(self.turn), arrays[0].dtype)
-            made = run(
-                lambda *loaded: passes(_Turned(rule, loaded[-1]), *loaded[:-1]),
-                given,
-                (matrix,),
-                warps=_TURN_WARPS,
-            )
-        return tuple(self.inside.merge(m.reshape(split[0].shape)) for m in made)
+            return run(functools.partial(passes, rule), given, (), warps=tiles.warps)
+        is_wide = arrays[0].dtype.itemsize > 2
+        matrix = jnp.asarray(signs(self.turn), jnp.bfloat16 if is_wide else arrays[0].dtype)
+        return run(
+            lambda *loaded: passes(_Turned(rule, loaded[-1], tiles.axis), *loaded[:-1]),
+            given,
+            (matrix,),
+            warps=_TURN_WARPS,
+        )
 
 
 def _passes(again: bool, rule: GradientRule, x: Any, upstream: Any) -> tuple[Any, ...]:
@@ -217,7 +277,7 @@ def _passes(again: bool, rule: GradientRule, x: Any, upstream: Any) -> tuple[Any
 
 def _call(
     tiles: _Tiles,
-    function: Callable[..., tuple[Any, ...]],
+    function: Callable[..., Sequence[Any]],
     arrays: Sequence[Any],
     whole: Sequence[Any],
     warps: int,
@@ -231,6 +291,7 @@ def _call(
     made = jax.eval_shape(function, *(jax.ShapeDtypeStruct(*one) for one in shapes))
     count, end = len(arrays), len(arrays) + len(whole)
     replaces = count > 1 and made[0].dtype == arrays[1].dtype
+    are_tiles = [one.shape == tiles.tile for one in made]
 
     def kernel(*refs: Any) -> None:
         places = [(tiles.index(piece), tiles.mask(piece)) for piece in range(len(tiles.sizes))]
@@ -241,13 +302,20 @@ def _call(
         small = [triton.load(ref) for ref in refs[count:end]]
         cut = Cut(tiles.axis, tiles.sizes)
         made = cut.run(lambda *given: function(*given, *small), *loaded)
-        for ref, pieces in zip(refs[end:], made, strict=True):
-            for (index, mask), value in zip(places, pieces, strict=True):
-                triton.store(ref.at[index], value, mask=mask)
+        for ref, values, is_tile in zip(refs[end:], made, are_tiles, strict=True):
+            if is_tile:
+                for (index, mask), value in zip(places, values, strict=True):
+                    triton.store(ref.at[index], value, mask=mask)
+            else:
+                index, mask = tiles.statistic_index, tiles.statistic_mask
+                triton.store(ref.at[index], values[0].reshape(-1), mask=mask)
 
     return pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(tiles.shape, one.dtype) for one in made],
+        out_shape=[
+            jax.ShapeDtypeStruct(tiles.shape if is_tile else tiles.statistic_shape, one.dtype)
+            for one, is_tile in zip(made, are_tiles, strict=True)
+        ],
         grid=tiles.grid,
         input_output_aliases={1: 0} if replaces else {},
         compiler_params=triton.CompilerParams(num_warps=warps),
@@ -262,6 +330,23 @@ def forward(rule: GradientRule, x: Any) -> tuple[Any, Sequence[Any]]:
         return rule.forward(x)
     made = jax.lax.platform_dependent(x, cuda=kernels.forward, default=lambda x: rule.forward(x)[0])
     return made, ()
+
+
+def integer_codes(rule: GradientRule, x: Any) -> tuple[Any, Any, Any]:
+    """What the rule's `integer_codes` returns."""
+    if (kernels := _kernels(rule, x.dtype)) is None:
+        return rule.integer_codes(x)
+
+    @jax.custom_jvp
+    def made(x: Any) -> tuple[Any, Any, Any]:
+        return jax.lax.platform_dependent(x, cuda=kernels.integer_codes, default=rule.integer_codes)
+
+    @made.defjvp
+    def _(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        # Of the rule: a kernel has no derivative of its own.
+        return made(*primals), jax.jvp(rule.integer_codes, primals, tangents)[1]
+
+    return made(x)
 
 
 def backward(rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:

@@ -1,9 +1,9 @@
 """Runs a function of tiles on pieces of them: Triton knows tensors of powers of two only.
 
 A block of 384 elements padded to 512 costs a third more arithmetic, and a mask in every statistic.
-As 256 and 128 beside each other it costs neither. The function is traced on whole blocks and then
-evaluated with every value as its pieces: operations element by element act on each, and what is
-reduced along the blocks is put together from all.
+As three of 128 beside each other it costs neither. The function is traced on whole blocks and then
+evaluated with every value as its pieces: operations element by element act on each; what is reduced
+along the blocks is first joined element by element, so that threads wait for each other once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _BY_ELEMENT = (
     _ARITHMETIC | _POWERS | _FUNCTIONS | _INVERSE | _HYPERBOLIC | _CONDITIONS | _CASTS | {"xor"}
 )
 _NESTED = ("jaxpr", "call_jaxpr")  # where an equation keeps the function that it calls
-_MOST, _SMALLEST = 3, 32
+_MOST, _SMALLEST = 7, 32
 
 
 class _Pieces(tuple[Any, ...]):
@@ -40,10 +40,14 @@ class _Pieces(tuple[Any, ...]):
 
 
 def sizes_of(length: int) -> tuple[int, ...]:
-    """Powers of two that make up a length; where they would be many or small, one beyond it."""
-    sizes = tuple(1 << bit for bit in reversed(range(length.bit_length())) if length >> bit & 1)
-    are_few = len(sizes) == 1 or (len(sizes) <= _MOST and sizes[-1] >= _SMALLEST)
-    return sizes if are_few else (1 << length.bit_length(),)
+    """Equal powers of two that make up a length; where they would be many or small, one beyond."""
+    size = length & -length
+    count = length // size
+    return (
+        (size,) * count
+        if count == 1 or (count <= _MOST and size >= _SMALLEST)
+        else (1 << length.bit_length(),)
+    )
 
 
 class Cut(NamedTuple):
@@ -51,7 +55,7 @@ class Cut(NamedTuple):
 
     Attributes:
         axis: of the blocks.
-        sizes: of the pieces along it; no other axis of a tile is as long as their sum.
+        sizes: of the pieces along it, all equal; no other axis of a tile is as long as their sum.
     """
 
     axis: int
@@ -63,7 +67,8 @@ class Cut(NamedTuple):
         """What `function` makes of tiles, given and returned as the pieces of each.
 
         Args:
-            function: takes and returns tiles. It may work on elements and reduce along blocks.
+            function: takes tiles, returns tiles and what there is one of for every block, which is
+                a single piece. It may work on elements and reduce along blocks.
             tiles: pieces of each.
 
         Raises:
@@ -74,7 +79,8 @@ class Cut(NamedTuple):
         length = sum(self.sizes)
         whole = [jax.ShapeDtypeStruct(self._shape(t[0].shape, length), t[0].dtype) for t in tiles]
         traced = jax.make_jaxpr(function)(*whole)
-        return self._evaluate(traced.jaxpr, traced.consts, [_Pieces(tile) for tile in tiles])
+        made = self._evaluate(traced.jaxpr, traced.consts, [_Pieces(tile) for tile in tiles])
+        return [one if isinstance(one, _Pieces) else (one,) for one in made]
 
     def _shape(self, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
         return (*shape[: self.axis], size, *shape[self.axis + 1 :])
@@ -119,7 +125,7 @@ class Cut(NamedTuple):
         """What a primitive that reduces along the blocks makes of all pieces."""
         if (join := _JOIN.get(primitive)) is None or params["axes"] != (self.axis,):
             raise self._refused(primitive)
-        return functools.reduce(join, (primitive.bind(piece, **params) for piece in cut[0]))
+        return primitive.bind(functools.reduce(join, cut[0]), **params)
 
     @staticmethod
     def _refused(primitive: Primitive) -> NotImplementedError:

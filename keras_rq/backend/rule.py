@@ -13,18 +13,19 @@ class GradientRule(Protocol):
     backward pass needs of the size of `x` it computes again.
 
     Attributes:
+        view: the blocks, a `numerics.blocks.BlockView`.
         tiling: `(outer, block, inner)`, the shape in which what `split` returns is independent
             blocks along the middle axis; None if it is not. A backend may then run the passes
             tile by tile.
         split_is_reshape: whether `split` keeps all elements in their order.
         turn: None; or a length, a power of two: `enter` is the Hadamard rotation of every so many
-            neighbours along the middle axis of what `inside` has for `tiling`, which is the
-            innermost, and they fill its blocks; `leave_back` is too, and `leave` and `enter_back`
-            change nothing.
+            neighbours along the middle axis of what `inside` has for `tiling`, and they fill its
+            blocks; `leave_back` is too, and `leave` and `enter_back` change nothing.
         prunes: whether a mask says which elements are kept.
         in_parts: the same rule, its passes arranged for XLA's CPU backend.
     """
 
+    view: Any
     tiling: tuple[int, int, int] | None
     split_is_reshape: bool
     turn: int | None
@@ -39,6 +40,13 @@ class GradientRule(Protocol):
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         """Returns the output of `forward` once more."""
+
+    def integer_codes(self, x: Any) -> tuple[Any, Any, Any]:
+        """Returns int8 codes, shaped like `x`, and what there is one of for every block.
+
+        Those have the block's axes with one element each: the int32 sums of the codes, and named
+        tuples of float32 tensors or None.
+        """
 
     def split(self, x: Any) -> Any:
         """Returns `x` with its blocks laid open."""

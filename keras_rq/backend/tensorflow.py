@@ -13,6 +13,7 @@ from keras_rq.backend.common import as_it_is_now as as_it_is_now
 from keras_rq.backend.common import call_in_graph as call_in_graph
 from keras_rq.backend.common import compiled as compiled
 from keras_rq.backend.common import eagerly as eagerly
+from keras_rq.backend.common import integer_codes as integer_codes
 from keras_rq.backend.common import make_known as make_known
 from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from keras_rq.backend.common import compiled as compiled
+from keras_rq.backend.common import integer_codes as integer_codes
 from keras_rq.backend.common import reduce_at_once as reduce_at_once
 from keras_rq.backend.common import rotation_side as rotation_side
 from keras_rq.backend.common import unpadded

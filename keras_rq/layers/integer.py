@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_rq.layers.products import MatMul, Product
 from keras_rq.numerics.dequantizers import Line
-from keras_rq.ops import affine_matmul
+from keras_rq.ops import matmul_with_sums
 from keras_rq.policy import LayerQuantization
 from keras_rq.quantizers.tensor import QuantizedTensor
 
@@ -43,42 +43,39 @@ class IntegerForward:
         quantization: of the layer.
         kernel_shape: as the layer has it.
         kernel: as a matrix.
+        code_sums: of the kernel's blocks.
     """
 
     product: Product
     quantization: LayerQuantization
     kernel_shape: tuple[int, ...]
     kernel: QuantizedTensor
+    code_sums: Any
 
     @classmethod
     def create(
         cls, product: Product, quantization: LayerQuantization, kernel: Any, fold: Any = None
     ) -> IntegerForward:
         """Quantizes the float32 kernel, which holds the factor `fold`, and takes that out again."""
+        kernel = ops.stop_gradient(kernel)
         weights, matrix = quantization.weights, product.kernel_as_matrix(kernel)
-        quantized = weights.quantize(matrix, _MATRICES.kernel_blocks(weights))
+        quantized, sums = weights.quantize_and_sum(matrix, _MATRICES.kernel_blocks(weights))
         if fold is not None:
             fold = ops.stop_gradient(ops.broadcast_to(fold, kernel.shape))
             by_column = 1.0 / product.kernel_as_matrix(fold)[:1]
             quantized = replace(quantized, line=quantized.line.times(by_column))
-        return cls(product, quantization, tuple(kernel.shape), quantized)
+        return cls(product, quantization, tuple(kernel.shape), quantized, sums)
 
     @property
     def constants(self) -> tuple[Any, ...]:
         line = self.kernel.line
-        return tuple(t for t in (self.kernel.codes, line.scale, line.offset) if t is not None)
+        parts = self.kernel.codes, self.code_sums, line.scale
+        return parts if line.offset is None else (*parts, line.offset)
 
-    def __call__(self, x: Any, codes: Any, *line: Any) -> Any:
-        like = self.kernel
-        kernel = QuantizedTensor(
-            codes,
-            Line(*line) if len(line) == 2 else Line(*line, None),
-            like.view,
-            like.axes,
-            like.grid,
-            like.rotated,
-        )
+    def __call__(self, x: Any, codes: Any, code_sums: Any, scale: Any, offset: Any = None) -> Any:
+        kernel = replace(self.kernel, codes=codes, line=Line(scale, offset))
         activations = self.quantization.activations
         matrix, restore = self.product.input_as_matrix(x, self.kernel_shape)
-        codes_of_x = activations.quantize(matrix, _MATRICES.input_blocks(activations))
-        return ops.cast(restore(affine_matmul(codes_of_x, kernel)), x.dtype)
+        quantized, sums = activations.quantize_and_sum(matrix, _MATRICES.input_blocks(activations))
+        made = matmul_with_sums(quantized, kernel, sums, code_sums)
+        return ops.cast(restore(made), x.dtype)

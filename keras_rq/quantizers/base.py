@@ -348,15 +348,34 @@ class Quantizer:
         self, x: Any, blocks: Blocks, parameters: Parameters | None = None
     ) -> QuantizedTensor:
         """Codes, scales and offsets of a tensor, ready to be stored."""
-        x = self.rotate(ops.convert_to_tensor(x, dtype="float32"), blocks)
-        view = blocks.view(x.shape)
-        codes, line = self.codes_and_line(x, view, blocks, parameters)
-        multiplier = self.grid.code_multiplier
+        if not self.has_parameters:
+            return self.quantize_and_sum(x, blocks)[0]
+        x = ops.convert_to_tensor(x)
+        rule, multiplier = self.rule(x.shape, blocks, unrotate=False), self.grid.code_multiplier
+        rotated = self.rotate(x, blocks)
+        codes, line = parametric.encode(self, rotated, rule.view, blocks, parameters)
+        codes = ops.cast(rule.view.merge(codes) * multiplier, "int8")
+        return self._as_tensor(codes, line.for_multiplied_codes(multiplier), rule)
+
+    def quantize_and_sum(self, x: Any, blocks: Blocks) -> tuple[QuantizedTensor, Any]:
+        """What `quantize` returns, and the int32 sums of every block's codes, split like the view.
+
+        Raises:
+            TypeError: the quantizer has variables of its own.
+        """
+        x = ops.convert_to_tensor(x)
+        rule = self.rule(x.shape, blocks, unrotate=False)
+        if self.has_parameters:
+            raise TypeError(f"{type(self).__name__} has variables of its own; use `quantize`.")
+        codes, sums, line = backend.integer_codes(rule, x)
+        return self._as_tensor(codes, line, rule), sums
+
+    def _as_tensor(self, codes: Any, line: Line, rule: FakeQuantization) -> QuantizedTensor:
         return QuantizedTensor(
-            codes=ops.cast(view.merge(codes) * multiplier, "int8"),
-            line=line.for_multiplied_codes(multiplier),
-            view=view,
-            axes=blocks.axes,
+            codes=codes,
+            line=line,
+            view=rule.view,
+            axes=rule.blocks.axes,
             grid=self.grid,
             rotated=self.rotation is not None,
             sparse=self.pattern is not None,

@@ -10,6 +10,7 @@ from keras import ops
 
 from keras_rq import backend
 from keras_rq.numerics.blocks import Blocks, BlockView, MergedAxes
+from keras_rq.numerics.dequantizers import Line
 from keras_rq.numerics.parts import in_parts
 from keras_rq.numerics.ranges import Range
 from keras_rq.numerics.rotations import rotation_size
@@ -109,13 +110,17 @@ class FakeQuantization:
     @property
     def turn(self) -> int | None:
         """Length of the lines of neighbours that `enter` and `leave_back` rotate within blocks."""
-        extents, axes = self.view.extents, self.blocks.axes
+        extents, shape, blocks = self.view.extents, self.view.shape, self.blocks
         if not self._rotates or self.unrotate or extents is None:
             return None
-        merged = MergedAxes(self.view.shape, tuple(a % len(self.view.shape) for a in axes))
-        size = rotation_size(merged.length)
-        are_last = merged.axes == tuple(range(len(merged.shape)))[-len(axes) :]
-        return size if are_last and extents[1] % size == 0 else None
+        axes, shared = (
+            tuple(a % len(shape) for a in some) for some in (blocks.axes, blocks.shared)
+        )
+        size = rotation_size(MergedAxes(shape, axes).length)
+        # The middle axis ends with the last axis of a block.
+        last = len(shape) if blocks.size == "tensor" else max((*axes, *shared)) + 1
+        are_neighbours = axes == tuple(range(last - len(axes), last))
+        return size if are_neighbours and extents[1] % size == 0 else None
 
     def inside(self, dtype: Any) -> FakeQuantization:
         """The same passes without their rotations, which `enter` and `leave` do."""
@@ -169,6 +174,15 @@ class FakeQuantization:
         gradient = quantizer.gradient(rounding, fitted, split, pull)
         gradient = quantizer.attenuate(gradient, rounding, span)
         return ops.cast(self._rotate(view.merge(gradient)), x.dtype)
+
+    def integer_codes(self, x: Any) -> tuple[Any, Any, Line]:
+        """The int8 codes of a tensor; the int32 sum of each block's and its line, float32."""
+        view, multiplier = self.view, self.quantizer.grid.code_multiplier
+        encoding = self.quantizer.encode(self._rotate(x), view, self.blocks)
+        codes = ops.cast(encoding.codes * multiplier, "int32")
+        sums = ops.sum(codes, axis=view.reduced, keepdims=True)
+        line = encoding.line.for_multiplied_codes(multiplier)
+        return ops.cast(view.merge(codes), "int8"), sums, line
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         span, fitted = self._parts(statistics)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -48,11 +49,12 @@ TENSORS = [
 tensors = pytest.mark.parametrize(("shape", "axes"), TENSORS, ids=str)
 
 
-def make(quantizer: Any, shape: tuple[int, ...], axes: Any, dtype: str) -> tuple[Any, Any, Any]:
+def make(
+    quantizer: Any, shape: tuple[int, ...], axes: Any, dtype: str, unrotate: bool = False
+) -> tuple[Any, Any, Any]:
     """A rule, data and an upstream gradient; skips what has no tiles."""
     axes = axes if isinstance(axes, tuple) else (axes,)
-    # A 16-bit tensor that is rotated stays so, as in a product of two of them.
-    rule = quantizer.rule(shape, quantizer.blocks(axes), unrotate=dtype == "float32")
+    rule = quantizer.rule(shape, quantizer.blocks(axes), unrotate=unrotate)
     if rule.inside(dtype).tiling is None:
         pytest.skip("ragged blocks run as plain array operations")
     rng = np.random.default_rng(0)
@@ -63,6 +65,10 @@ def make(quantizer: Any, shape: tuple[int, ...], axes: Any, dtype: str) -> tuple
 def both(rule: Any, x: Any, upstream: Any) -> tuple[Any, Any]:
     y, statistics = rule.forward(x)
     return rule.backward(x, statistics, upstream), y
+
+
+def in_kernels(kernels: Any, x: Any, upstream: Any) -> tuple[Any, ...]:
+    return *kernels.backward(True, x, upstream), kernels.forward(x)
 
 
 def check(received: Any, expected: Any, dtype: str) -> None:
@@ -79,7 +85,13 @@ def check(received: Any, expected: Any, dtype: str) -> None:
 TYPED = [(*tensor, "float32") for tensor in TENSORS]
 TYPED += [(*tensor, "bfloat16") for tensor in TENSORS[1:4:2]]
 # Long enough for matrix units to rotate them.
-TURNED = [((70, 128), -1, "bfloat16"), ((70, 384), -1, "float16")]
+TURNED = [
+    ((70, 128), -1, "bfloat16"),
+    ((70, 384), -1, "float16"),
+    ((70, 256), -1, "float32"),
+    ((256, 40), 0, "float32"),
+    ((256, 40), 0, "bfloat16"),
+]
 TYPED += TURNED
 
 
@@ -89,34 +101,67 @@ TYPED += TURNED
 def test_pallas_kernels_equal_the_rule(quantizer: Any, shape: Any, axes: Any, dtype: str):
     from keras_rq.backend import pallas
 
-    rule, x, upstream = make(quantizer, shape, axes, dtype)
-    kernels = pallas.Kernels.of(rule, x.dtype)._replace(interpret=not pallas.on_gpu())
-
-    @compiled
-    def made(x: Any, upstream: Any) -> Any:
-        return kernels.backward(True, x, upstream), both(rule, x, upstream), kernels.forward(x)
-
-    on_tiles, plain, y = made(x, upstream)
-    assert all(one.dtype == x.dtype for one in (*on_tiles, y))
-    check(on_tiles, plain, dtype)
-    check([y], plain[1:], dtype)
+    for unrotate in {False, quantizer.rotation is not None}:
+        rule, x, upstream = make(quantizer, shape, axes, dtype, unrotate)
+        kernels = pallas.Kernels.of(rule, x.dtype)._replace(interpret=not pallas.on_gpu())
+        received = compiled(functools.partial(in_kernels, kernels))(x, upstream)
+        expected = compiled(functools.partial(both, rule))(x, upstream)
+        assert all(one.dtype == x.dtype for one in received)
+        check(received, (*expected, expected[1]), dtype)
 
 
 @on_jax
-@pytest.mark.parametrize(("shape", "axes", "dtype"), TURNED, ids=str)
-@pytest.mark.parametrize("quantizer", [QuEST(1), Ridge(1, rotation="hadamard")], ids=repr)
-def test_rows_of_16_bits_are_rotated_in_kernels_that_compile_for_gpus(
+@quantizers
+@pytest.mark.parametrize(("shape", "axes", "dtype"), TYPED, ids=str)
+def test_codes_of_kernels_equal_those_of_the_rule(
     quantizer: Any, shape: Any, axes: Any, dtype: str
 ):
     import jax
 
     from keras_rq.backend import pallas
 
+    rule, x, _ = make(quantizer, shape, axes, dtype)
+    kernels = pallas.Kernels.of(rule, x.dtype)._replace(interpret=not pallas.on_gpu())
+    received, expected = compiled(lambda x: (kernels.integer_codes(x), rule.integer_codes(x)))(x)
+    (codes, sums, line), (own_codes, own_sums, own_line) = received, expected
+    assert (codes.dtype, sums.dtype) == ("int8", "int32")
+    # A sum in another order can move a position over the edge between two codes.
+    assert np.mean(to_numpy(codes) != to_numpy(own_codes)) < 1e-3
+    split = to_numpy(rule.view.split(ops.cast(codes, "int32")))
+    np.testing.assert_array_equal(to_numpy(sums), split.sum(axis=rule.view.reduced, keepdims=True))
+    assert [part is None for part in line] == [part is None for part in own_line]
+    for part, own in zip(jax.tree.leaves(line), jax.tree.leaves(own_line), strict=True):
+        assert part.shape == own.shape == sums.shape == own_sums.shape
+        assert relative_error(to_numpy(part), to_numpy(own)) < 1e-5
+
+
+@on_jax
+@pytest.mark.parametrize(("shape", "axes", "dtype"), TURNED, ids=str)
+@pytest.mark.parametrize("method", [QuEST, Ridge])
+def test_tensors_are_rotated_in_kernels_that_compile_for_gpus(
+    method: Any, shape: Any, axes: Any, dtype: str
+):
+    import jax
+
+    from keras_rq.backend import pallas
+
+    quantizer = method(1, block_size=128, rotation="hadamard")
     rule, x, upstream = make(quantizer, shape, axes, dtype)
     kernels = pallas.Kernels.of(rule, x.dtype)
     assert kernels.turn == 128
-    traced = jax.jit(lambda x, g: kernels.backward(True, x, g)).trace(x, upstream)
-    assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    for run in (lambda x, g: kernels.backward(True, x, g), lambda x, g: kernels.integer_codes(x)):
+        traced = jax.jit(run).trace(x, upstream)
+        assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@on_jax
+def test_a_rotation_that_is_no_line_of_the_tile_stays_outside():
+    from keras_rq.backend import pallas
+
+    quantizer = Ridge(8, block_size="tensor", rotation="hadamard")
+    for axis, turn in ((0, None), (1, 128)):
+        rule, x, _ = make(quantizer, (128, 128), axis, "float32")
+        assert pallas.Kernels.of(rule, x.dtype).turn == turn
 
 
 @on_jax
@@ -128,17 +173,27 @@ def test_channels_in_pieces_compile_for_gpus(shape: tuple[int, int], axis: int):
 
     rule, x, upstream = make(Ridge(8, block_size="channel"), shape, axis, "bfloat16")
     kernels = pallas.Kernels.of(rule, x.dtype)
-    assert kernels.tiles.sizes == (256, 128)
-    traced = jax.jit(lambda x, g: kernels.backward(True, x, g)).trace(x, upstream)
-    assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert kernels.tiles.sizes == (128, 128, 128)
+    for run in (lambda x, g: kernels.backward(True, x, g), lambda x, g: kernels.integer_codes(x)):
+        traced = jax.jit(run).trace(x, upstream)
+        assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 @on_jax
 @pytest.mark.parametrize(
     ("length", "sizes"),
-    [(384, (256, 128)), (224, (128, 64, 32)), (128, (128,)), (1, (1,)), (200, (256,)), (31, (32,))],
+    [
+        (384, (128, 128, 128)),
+        (1536, (512, 512, 512)),
+        (224, (32,) * 7),
+        (128, (128,)),
+        (1, (1,)),
+        (200, (256,)),
+        (31, (32,)),
+        (288, (512,)),
+    ],
 )
-def test_blocks_are_cut_into_few_powers_of_two(length: int, sizes: tuple[int, ...]):
+def test_blocks_are_cut_into_few_equal_powers_of_two(length: int, sizes: tuple[int, ...]):
     from keras_rq.backend.pieces import sizes_of
 
     assert sizes_of(length) == sizes
@@ -157,11 +212,10 @@ def test_a_function_of_pieces_equals_that_of_the_whole(axis: int):
         largest = jnp.where(x > 0, x, 0.0).max(axis, keepdims=True)
         return x - total / largest, jnp.broadcast_to(total, x.shape), jnp.log1p(jnp.exp(y))
 
-    sizes = (32, 64) if axis else (64, 32)
+    sizes = (32, 32, 32)
     shape = (4, 96) if axis else (96, 4)
     whole = [jax.random.normal(jax.random.key(i), shape) for i in range(2)]
-    at = [sizes[0]]
-    made = Cut(axis, sizes).run(function, *(jnp.split(one, at, axis) for one in whole))
+    made = Cut(axis, sizes).run(function, *(jnp.split(one, 3, axis) for one in whole))
     for received, expected in zip(made, function(*whole), strict=True):
         assert [one.shape[axis] for one in received] == list(sizes)
         np.testing.assert_allclose(jnp.concatenate(received, axis), expected, rtol=1e-5, atol=1e-5)
@@ -175,7 +229,7 @@ def test_a_function_that_looks_across_pieces_is_refused(operation: Any):
     from keras_rq.backend.pieces import Cut
 
     with pytest.raises(NotImplementedError, match=r"reduces along the blocks\. Received"):
-        Cut(1, (64, 32)).run(lambda x: [operation(x)], [jnp.ones((4, 64)), jnp.ones((4, 32))])
+        Cut(1, (32, 32, 32)).run(lambda x: [operation(x)], [jnp.ones((4, 32))] * 3)
 
 
 @on_jax
@@ -198,6 +252,26 @@ def test_the_gpu_path_of_a_whole_quantizer(axis: int, monkeypatch: pytest.Monkey
     check(jax.jit(lambda x: run(x))(x), expected, "float32")
 
 
+@on_jax
+def test_the_gpu_path_of_codes_and_its_derivative(monkeypatch: pytest.MonkeyPatch):
+    import jax
+
+    import keras_rq as rq
+    from keras_rq.backend import pallas
+
+    x = np.random.default_rng(0).normal(size=(128, 256)).astype("float32")
+
+    def run(x: Any) -> Any:
+        quantized = rq.ops.quantize(x, Ridge(8))
+        return (quantized.scale * quantized.offset).sum(), quantized.codes
+
+    expected = jax.jit(jax.value_and_grad(run, has_aux=True))(x)
+    monkeypatch.setattr(pallas, "on_gpu", lambda: True)
+    received = jax.jit(jax.value_and_grad(lambda x: run(x), has_aux=True))(x)
+    np.testing.assert_array_equal(received[0][1], expected[0][1])
+    assert relative_error(to_numpy(received[1]), to_numpy(expected[1])) < 1e-4
+
+
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The traced graphs, run without the compiler: its code needs a GPU to be what users run."""
@@ -217,7 +291,7 @@ def inductor(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 # PyTorch traces each for half a second; JAX meets all pairs.
 PAIRS = [(q, *tensor) for turn, q in enumerate(QUANTIZERS) for tensor in TENSORS[turn % 2 :: 2]]
-HALVES = [(q, *tensor[:2]) for q in (QuEST(1), Ridge(4)) for tensor in TURNED]
+HALVES = [(q, *tensor[:2]) for q in (QuEST(1), Ridge(4)) for tensor in TURNED[:2]]
 
 
 @on_torch

@@ -95,6 +95,7 @@ def tile_size(tile: int, share: int) -> Iterator[None]:
     """Other tiles and shares of a warp than the ones that ran fastest."""
     sizes = {"_ROW_TILE": tile, "_COLUMN_TILE": tile, "_SHARE": share, "_LONG_SHARE": share}
     with contextlib.ExitStack() as stack:
+        jax.clear_caches()  # a traced function keeps the sizes that it met
         for name, size in sizes.items():
             stack.enter_context(mock.patch.object(pallas, name, size))
         yield

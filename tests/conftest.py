@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "Agg")
-if os.environ["KERAS_BACKEND"] == "jax":
+if os.environ["KERAS_BACKEND"] == "jax" and shutil.which("nvidia-smi") is None:
     # Tests compile far longer than they compute: twice as long with what XLA does by default for
-    # speed. XLA as users have it compiles steps in the TensorFlow pass.
+    # speed. XLA as users have it compiles steps in the TensorFlow pass. (For a GPU it then takes
+    # minutes for a kernel.)
     _FLAGS = (
         "--xla_cpu_use_fusion_emitters=false",
         "--xla_backend_optimization_level=0",

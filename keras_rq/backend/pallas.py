@@ -28,7 +28,7 @@ from keras_rq.backend.common import kernels_wanted
 from keras_rq.backend.pieces import Cut, sizes_of
 from keras_rq.backend.rule import GradientRule
 from keras_rq.numerics.blocks import TileView
-from keras_rq.numerics.rotations import signs
+from keras_rq.numerics.rotations import signs, transformed
 
 # Elements of a tile, and of a warp's share of it, that an H200 ran fastest of 2048, 4096 and 8192
 # and of 256, 512 and 1024: rows of a matrix by themselves, columns beside each other.
@@ -36,10 +36,58 @@ _ROW_TILE, _COLUMN_TILE, _LARGEST_TILE = 2048, 8192, 16384
 _SHARE, _LONG_SHARE = 512, 1024
 _INNERMOST = 8  # elements along the last axis, for loads of 32 bytes of float32
 _PROGRAMS = 132  # one for each multiprocessor of an H200: small tensors have smaller tiles
-# Rows that are rotated: each tile loads a matrix for it, and four warps multiply as one (up to 64
-# rows). With more of them an H200 took two to five times as long.
-_TURN_TILE, _TURN_WARPS = 8192, 4
+# Of tiles that are rotated, columns and rows. A warp multiplies 16 rows of them or more: with fewer
+# in a tile, or more warps, several do the same, or wait for each other.
+_TURN_TILE, _TURN_WARPS = (2048, 8192), (2, 4)
+# Of the matrix: sums and differences of pieces do the rest of a rotation. Of 16, 32, 64 and 128, an
+# H200 ran 64 fastest. Many pieces take long to compile.
+_TURN_SIDE, _MOST_PIECES = 64, 16
 _SMALLEST_SIDE = 16  # of a matrix that Triton multiplies
+
+
+class _Turn(NamedTuple):
+    """Rotations of tiles by matrix products of their pieces, and sums and differences of those.
+
+    Attributes:
+        length: of the lines that are rotated.
+        side: of the matrix. A piece is columns as long, or rows of lines of as many elements.
+        axis: of the blocks, in a tile.
+        sizes: of the pieces of a block; a single one may be longer than it.
+    """
+
+    length: int
+    side: int
+    axis: int
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rule: GradientRule) -> _Turn | None:
+        """That of a rule; None where nothing is rotated that Triton's matrix products can."""
+        length, tiling = rule.turn, rule.inside("float32").tiling
+        if length is None or length < _SMALLEST_SIDE or tiling is None:
+            return None
+        axis = int(tiling[2] == 1)
+        side = min(length, _TURN_SIDE)
+        if (count := tiling[1] // side) <= _MOST_PIECES:
+            return cls(length, side, axis, (side,) * count)
+        return cls(length, length, axis, (pl.next_power_of_2(tiling[1]),))
+
+    def __call__(self, pieces: Sequence[Any], matrix: Any) -> list[Any]:
+        """Rotated pieces, float32. The matrix is of signs, of 16 bits."""
+        made, count = [self._product(piece, matrix) for piece in pieces], self.length // self.side
+        lines = [transformed(made[at : at + count]) for at in range(0, len(made), count)]
+        return [one * (1.0 / math.sqrt(self.length)) for line in lines for one in line]
+
+    def _product(self, x: Any, matrix: Any) -> Any:
+        # The small parts first.
+        parts = reversed(_in_16_bits(x)) if x.dtype == jnp.float32 else [x]
+        return sum(self._times(part, matrix.astype(part.dtype)) for part in parts)
+
+    def _times(self, x: Any, matrix: Any) -> Any:
+        if self.axis == 0:
+            return jax.lax.dot(matrix, x, preferred_element_type="float32")
+        lines = x.reshape(-1, self.side)
+        return jax.lax.dot(lines, matrix, preferred_element_type="float32").reshape(x.shape)
 
 
 class _Tiles(NamedTuple):
@@ -51,7 +99,7 @@ class _Tiles(NamedTuple):
         axis: of the blocks, in a tile.
         length: of a block.
         grid: number of tiles along each axis but the block's.
-        sizes: of the pieces of a block, powers of two; a single one may be longer than the block.
+        sizes: of the pieces of a block, equal powers of two; a single one may be longer than it.
     """
 
     shape: tuple[int, ...]
@@ -62,12 +110,12 @@ class _Tiles(NamedTuple):
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, tiling: tuple[int, int, int] | None, turn: int | None = None) -> _Tiles | None:
+    def of(cls, tiling: tuple[int, int, int] | None, turn: _Turn | None = None) -> _Tiles | None:
         """Tiles for the `tiling` of a rule; None: too large, or nothing that can be rotated.
 
         Args:
             tiling: see `GradientRule`.
-            turn: see `GradientRule`; None: nothing is rotated.
+            turn: how they are rotated; None: they are not.
         """
         if tiling is None or 0 in tiling:
             return None
@@ -76,11 +124,12 @@ class _Tiles(NamedTuple):
         other, around, least = (outer, 1, 1) if is_row else (inner, outer, _INNERMOST)
         size, sizes = (_ROW_TILE if is_row else _COLUMN_TILE), sizes_of(length)
         if turn is not None:
-            size, sizes, least = _TURN_TILE, (padded,), max(_SMALLEST_SIDE * turn // padded, 1)
+            size, sizes = _TURN_TILE[turn.axis], turn.sizes
+            least = max(_SMALLEST_SIDE * turn.side // sizes[0], 1)
         beside = min(max(size // padded, least), pl.next_power_of_2(other))
         if padded * beside > _LARGEST_TILE:
             return None
-        if turn is not None and (beside < least or not (is_row or length == turn)):
+        if turn is not None and (beside < least or not (is_row or sizes[0] == turn.side)):
             return None
         may_narrow = turn is None or not is_row
         while may_narrow and beside > least and around * pl.cdiv(other, beside) < _PROGRAMS:
@@ -106,8 +155,13 @@ class _Tiles(NamedTuple):
         """Which elements of a piece the running kernel works on."""
         other = 1 - self.axis
         place = [pl.ds(pl.program_id(0) * self.tile[other], self.tile[other])] * 2
-        place[self.axis] = pl.ds(sum(self.sizes[:piece]), self.sizes[piece])
+        place[self.axis] = pl.ds(piece * self.sizes[0], self.sizes[0])
         return (pl.program_id(1), *place) if len(self.shape) == 3 else tuple(place)
+
+    @property
+    def piece(self) -> tuple[int, ...]:
+        """Shape of a piece of a tile."""
+        return tuple(self.sizes[0] if a == self.axis else n for a, n in enumerate(self.tile))
 
     @property
     def statistic_shape(self) -> tuple[int, ...]:
@@ -132,8 +186,7 @@ class _Tiles(NamedTuple):
     def mask(self, piece: int) -> Any:
         """Which elements of a piece exist; None: all."""
         other = 1 - self.axis
-        shape = tuple(self.sizes[piece] if a == self.axis else n for a, n in enumerate(self.tile))
-        inside = None
+        shape, inside = self.piece, None
         sizes = {self.axis: (0, self.length), other: (None, self.shape[-1 if other else 0])}
         for axis, (start, size) in sizes.items():
             if size % self.tile[axis] == 0:
@@ -142,49 +195,6 @@ class _Tiles(NamedTuple):
             within = start + jax.lax.broadcasted_iota(jnp.int32, shape, axis) < size
             inside = within if inside is None else inside & within
         return inside
-
-
-class _Turned:
-    """A rule with the rotations of its tiles, which multiply by `matrix`: signs, of 16 bits.
-
-    Rows are rotated in lines as long as the matrix; columns are as long.
-    """
-
-    def __init__(self, rule: GradientRule, matrix: Any, axis: int) -> None:
-        self._rule, self._matrix, self._axis = rule, matrix, axis
-        self._given: Any = None
-        self._rotated: Any = None
-
-    def forward(self, x: Any) -> tuple[Any, Sequence[Any]]:
-        return self._rule.forward(self._enter(x))
-
-    def integer_codes(self, x: Any) -> tuple[Any, Any, Any]:
-        return self._rule.integer_codes(self._enter(x))
-
-    def backward(self, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
-        gradient = self._rule.backward(self._enter(x), statistics, upstream)
-        # Of 16 bits, one product in their precision: one rounding more than the plain rule, which
-        # rotates in float32.
-        return self._product(gradient.astype(x.dtype)).astype(x.dtype)
-
-    def _enter(self, x: Any) -> Any:
-        if self._given is not x:
-            self._given, self._rotated = x, self._product(x)
-        return self._rotated
-
-    def _product(self, x: Any) -> Any:
-        size = self._matrix.shape[0]
-        # The small parts first.
-        parts = reversed(_in_16_bits(x)) if x.dtype == jnp.float32 else [x]
-        made = sum(self._times(part) for part in parts)
-        return made * (1.0 / math.sqrt(size))
-
-    def _times(self, x: Any) -> Any:
-        matrix = self._matrix.astype(x.dtype)
-        if self._axis == 0:
-            return jax.lax.dot(matrix, x, preferred_element_type="float32")
-        lines = x.reshape(-1, matrix.shape[0])
-        return jax.lax.dot(lines, matrix, preferred_element_type="float32").reshape(x.shape)
 
 
 def _in_16_bits(x: Any) -> list[Any]:
@@ -213,14 +223,14 @@ class Kernels(NamedTuple):
     inside: GradientRule
     tiles: _Tiles
     outside: GradientRule
-    turn: int | None = None
+    turn: _Turn | None = None
     interpret: bool = False
 
     @classmethod
     def of(cls, rule: GradientRule, dtype: Any) -> Kernels | None:
         """Those for a tensor of some dtype; None where its blocks do not fit a tile."""
-        inside, turn = rule.inside(dtype), rule.turn
-        if turn is not None and turn >= _SMALLEST_SIDE and jnp.dtype(dtype).itemsize in (2, 4):
+        inside, turn = rule.inside(dtype), _Turn.of(rule)
+        if turn is not None and jnp.dtype(dtype).itemsize in (2, 4):
             tiles = _Tiles.of(inside.tiling, turn)
             if tiles is not None:
                 return cls(inside, tiles, inside, turn)
@@ -254,19 +264,24 @@ class Kernels(NamedTuple):
 
     def _run(self, passes: Callable[..., Sequence[Any]], *arrays: Any) -> Sequence[Any]:
         """`passes(rule, *tiles)` on every tile of arrays that are shaped alike."""
-        tiles, rule = self.tiles, self.inside.on_view(self.tiles.view)
+        tiles, turn, dtype = self.tiles, self.turn, arrays[0].dtype
         given = [self.inside.split(a).reshape(tiles.shape) for a in arrays]
-        run = functools.partial(_call, tiles, interpret=self.interpret)
-        if self.turn is None:
-            return run(functools.partial(passes, rule), given, (), warps=tiles.warps)
-        is_wide = arrays[0].dtype.itemsize > 2
-        matrix = jnp.asarray(signs(self.turn), jnp.bfloat16 if is_wide else arrays[0].dtype)
-        return run(
-            lambda *loaded: passes(_Turned(rule, loaded[-1], tiles.axis), *loaded[:-1]),
-            given,
-            (matrix,),
-            warps=_TURN_WARPS,
-        )
+        cut = Cut(tiles.axis, tiles.sizes)
+        run = functools.partial(cut.run, functools.partial(passes, self.inside.on_view(tiles.view)))
+        if turn is None:
+            return _call(tiles, run, given, (), tiles.warps, self.interpret)
+
+        def rotated(matrix: Any, x: Sequence[Any], *upstream: Sequence[Any]) -> Sequence[Any]:
+            first, *others = run(turn(x, matrix), *upstream)
+            if upstream:
+                # The gradient. Of 16 bits, one product in their precision: one rounding more than
+                # the plain rule, which rotates in float32.
+                first = turn([piece.astype(dtype) for piece in first], matrix)
+                first = [piece.astype(dtype) for piece in first]
+            return [first, *others]
+
+        matrix = jnp.asarray(signs(turn.side), jnp.bfloat16 if dtype == jnp.float32 else dtype)
+        return _call(tiles, rotated, given, (matrix,), _TURN_WARPS[turn.axis], self.interpret)
 
 
 def _passes(again: bool, rule: GradientRule, x: Any, upstream: Any) -> tuple[Any, ...]:
@@ -277,31 +292,32 @@ def _passes(again: bool, rule: GradientRule, x: Any, upstream: Any) -> tuple[Any
 
 def _call(
     tiles: _Tiles,
-    function: Callable[..., Sequence[Any]],
+    function: Callable[..., Sequence[Sequence[Any]]],
     arrays: Sequence[Any],
     whole: Sequence[Any],
     warps: int,
     interpret: bool,
 ) -> Sequence[Any]:
-    """Runs a function on every tile of some arrays, and on whole small ones.
+    """Runs a function on whole small arrays and the pieces of every tile of others.
 
     A gradient takes the place of the upstream one; XLA copies that where something else reads it.
     """
-    shapes = [(tiles.tile, a.dtype) for a in arrays] + [(a.shape, a.dtype) for a in whole]
-    made = jax.eval_shape(function, *(jax.ShapeDtypeStruct(*one) for one in shapes))
-    count, end = len(arrays), len(arrays) + len(whole)
-    replaces = count > 1 and made[0].dtype == arrays[1].dtype
-    are_tiles = [one.shape == tiles.tile for one in made]
+    piece = tiles.piece
+    shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in whole]
+    pieces = [[jax.ShapeDtypeStruct(piece, a.dtype)] * len(tiles.sizes) for a in arrays]
+    made = jax.eval_shape(function, *shapes, *pieces)
+    count, end = len(whole), len(arrays) + len(whole)
+    replaces = len(arrays) > 1 and made[0][0].dtype == arrays[1].dtype
+    are_tiles = [one[0].shape == piece for one in made]
 
     def kernel(*refs: Any) -> None:
         places = [(tiles.index(piece), tiles.mask(piece)) for piece in range(len(tiles.sizes))]
+        small = [triton.load(ref) for ref in refs[:count]]
         loaded = [
             [triton.load(ref.at[i], mask=m, other=None if m is None else 0.0) for i, m in places]
-            for ref in refs[:count]
+            for ref in refs[count:end]
         ]
-        small = [triton.load(ref) for ref in refs[count:end]]
-        cut = Cut(tiles.axis, tiles.sizes)
-        made = cut.run(lambda *given: function(*given, *small), *loaded)
+        made = function(*small, *loaded)
         for ref, values, is_tile in zip(refs[end:], made, are_tiles, strict=True):
             if is_tile:
                 for (index, mask), value in zip(places, values, strict=True):
@@ -313,30 +329,59 @@ def _call(
     return pl.pallas_call(
         kernel,
         out_shape=[
-            jax.ShapeDtypeStruct(tiles.shape if is_tile else tiles.statistic_shape, one.dtype)
+            jax.ShapeDtypeStruct(tiles.shape if is_tile else tiles.statistic_shape, one[0].dtype)
             for one, is_tile in zip(made, are_tiles, strict=True)
         ],
         grid=tiles.grid,
-        input_output_aliases={1: 0} if replaces else {},
+        input_output_aliases={count + 1: 0} if replaces else {},
         compiler_params=triton.CompilerParams(num_warps=warps),
         interpret=interpret,
-        name="keras_rq_tiles",
-    )(*arrays, *whole)
+        name=f"keras_rq_tiles_{'x'.join(map(str, tiles.shape))}",
+    )(*whole, *arrays)
 
 
 def forward(rule: GradientRule, x: Any) -> tuple[Any, Sequence[Any]]:
     """The rule's output and statistics; no statistics where a kernel may make the output."""
     if (kernels := _kernels(rule, x.dtype)) is None:
         return rule.forward(x)
-    made = jax.lax.platform_dependent(x, cuda=kernels.forward, default=lambda x: rule.forward(x)[0])
-    return made, ()
+    return _forward(rule, kernels, x), ()
 
 
 def integer_codes(rule: GradientRule, x: Any) -> tuple[Any, Any, Any]:
     """What the rule's `integer_codes` returns."""
     if (kernels := _kernels(rule, x.dtype)) is None:
         return rule.integer_codes(x)
+    return _integer_codes(rule, kernels, x)
 
+
+def backward(rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
+    """Gradient to `x`."""
+    if (kernels := _kernels(rule, x.dtype)) is None:
+        return rule.backward(x, statistics, upstream)
+    return _backward(rule, kernels, False, x, upstream)[0]
+
+
+def backward_and_again(
+    rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any
+) -> tuple[Any, Any]:
+    """Gradient to `x`, and the rule's output once more."""
+    if (kernels := _kernels(rule, x.dtype)) is None:
+        return rule.backward(x, statistics, upstream), rule.again(x, statistics)
+    return _backward(rule, kernels, True, x, upstream)
+
+
+def _compiled_once(static: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For eager calls: the next one with equal rules, the first arguments, is not traced again."""
+    return functools.partial(jax.jit, static_argnums=tuple(range(static)), inline=True)
+
+
+@_compiled_once(2)
+def _forward(rule: GradientRule, kernels: Kernels, x: Any) -> Any:
+    return jax.lax.platform_dependent(x, cuda=kernels.forward, default=lambda x: rule.forward(x)[0])
+
+
+@_compiled_once(2)
+def _integer_codes(rule: GradientRule, kernels: Kernels, x: Any) -> tuple[Any, Any, Any]:
     @jax.custom_jvp
     def made(x: Any) -> tuple[Any, Any, Any]:
         return jax.lax.platform_dependent(x, cuda=kernels.integer_codes, default=rule.integer_codes)
@@ -349,24 +394,10 @@ def integer_codes(rule: GradientRule, x: Any) -> tuple[Any, Any, Any]:
     return made(x)
 
 
-def backward(rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any) -> Any:
-    """Gradient to `x`."""
-    return _backward(rule, x, statistics, upstream, again=False)[0]
-
-
-def backward_and_again(
-    rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any
-) -> tuple[Any, Any]:
-    """Gradient to `x`, and the rule's output once more."""
-    return _backward(rule, x, statistics, upstream, again=True)
-
-
+@_compiled_once(3)
 def _backward(
-    rule: GradientRule, x: Any, statistics: Sequence[Any], upstream: Any, again: bool
+    rule: GradientRule, kernels: Kernels, again: bool, x: Any, upstream: Any
 ) -> tuple[Any, ...]:
-    if (kernels := _kernels(rule, x.dtype)) is None:
-        gradient = rule.backward(x, statistics, upstream)
-        return (gradient, rule.again(x, statistics)) if again else (gradient,)
     return jax.lax.platform_dependent(
         x,
         upstream,

@@ -61,9 +61,7 @@ class Cut(NamedTuple):
     axis: int
     sizes: tuple[int, ...]
 
-    def run(
-        self, function: Callable[..., Sequence[Any]], *tiles: Sequence[Any]
-    ) -> list[tuple[Any, ...]]:
+    def run(self, function: Callable[..., Sequence[Any]], *tiles: Sequence[Any]) -> list[list[Any]]:
         """What `function` makes of tiles, given and returned as the pieces of each.
 
         Args:
@@ -75,12 +73,12 @@ class Cut(NamedTuple):
             NotImplementedError: the function does something else with a tile.
         """
         if len(self.sizes) == 1:
-            return [(made,) for made in function(*(tile[0] for tile in tiles))]
+            return [[made] for made in function(*(tile[0] for tile in tiles))]
         length = sum(self.sizes)
         whole = [jax.ShapeDtypeStruct(self._shape(t[0].shape, length), t[0].dtype) for t in tiles]
         traced = jax.make_jaxpr(function)(*whole)
         made = self._evaluate(traced.jaxpr, traced.consts, [_Pieces(tile) for tile in tiles])
-        return [one if isinstance(one, _Pieces) else (one,) for one in made]
+        return [list(one) if isinstance(one, _Pieces) else [one] for one in made]
 
     def _shape(self, shape: tuple[int, ...], size: int) -> tuple[int, ...]:
         return (*shape[: self.axis], size, *shape[self.axis + 1 :])

@@ -91,6 +91,11 @@ class Grid:
     def affine(self) -> bool:
         return self.anchor == self.low
 
+    def from_zero(self, position: Any) -> Any:
+        """A position that is counted from the anchor, counted from the code 0."""
+        # No compiler leaves out an addition of zero, which makes a zero of minus zero.
+        return position + self.anchor if self.anchor else position
+
     def round(
         self,
         position: Any,

@@ -144,7 +144,7 @@ def _reciprocal(number: float) -> float:
 
 def outside(values: Any, span: Range, grid: Grid) -> Any:
     """How far each value lies beyond the outermost codes, in code units; 0 inside the grid."""
-    position = span.position(values) + grid.anchor
+    position = grid.from_zero(span.position(values))
     beyond = ops.maximum(position - grid.high, grid.low - position)
     # Extremes of the data may lie on an edge of the range, give or take their rounding.
     return ops.where(beyond > _ROUNDING * (grid.high - grid.low), beyond, 0.0)
@@ -155,7 +155,7 @@ def beyond_thresholds(values: Any, span: Range, grid: Grid) -> Any:
 
     A threshold is where the code changes, half a step within an outermost code.
     """
-    half = 0.5 * grid.edge_step
-    position = span.position(values) + grid.anchor
-    beyond = ops.maximum(position - (grid.high - half), (grid.low + half) - position)
+    half, middle = 0.5 * grid.edge_step, 0.5 * (grid.high + grid.low)
+    position = span.position(values) + (grid.anchor - middle)
+    beyond = abs(position) - (grid.high - middle - half)
     return ops.maximum(beyond * (1.0 / half), 0.0)

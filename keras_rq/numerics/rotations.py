@@ -93,15 +93,15 @@ def _by_sums(x: Any, at: int, done: int, size: int) -> Any:
         count = min(_TOGETHER, size // done)
         parts = ops.reshape(x, [*before, length // (count * done), count, done, *after])
         lines = [parts[(slice(None),) * (at + 1) + (slice(i, i + 1),)] for i in range(count)]
-        x = ops.concatenate(_transformed(lines), axis=at + 1)
+        x = ops.concatenate(transformed(lines), axis=at + 1)
         done *= count
     return x
 
 
-def _transformed(lines: list[Any]) -> list[Any]:
+def transformed(lines: list[Any]) -> list[Any]:
     """Sums and differences of some lines, a power of two of them: a small transform."""
     if len(lines) == 1:
         return lines
     half = len(lines) // 2
-    pairs = list(zip(_transformed(lines[:half]), _transformed(lines[half:]), strict=True))
+    pairs = list(zip(transformed(lines[:half]), transformed(lines[half:]), strict=True))
     return [a + b for a, b in pairs] + [a - b for a, b in pairs]

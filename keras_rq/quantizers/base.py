@@ -413,7 +413,7 @@ class Quantizer:
         )
         mask = self.keep_mask(x, blocks)
         codes = view.present(codes if mask is None else codes * view.split(mask))
-        return codes, codes - (position + self.grid.anchor)
+        return codes, codes - self.grid.from_zero(position)
 
     def keep_mask(self, x: Any, blocks: Blocks) -> Any:
         """1 where `sparsity` keeps an element of a rotated tensor, 0 elsewhere; None without."""

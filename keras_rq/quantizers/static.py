@@ -82,7 +82,7 @@ def _round(quantizer: Quantizer, values: Any, view: BlockView, span: Range) -> A
 
 def _fitted(quantizer: Quantizer, values: Any, view: BlockView, span: Range) -> Parameters:
     codes = view.present(_round(quantizer, values, view, span))
-    noise = codes - (span.position(values) + quantizer.grid.anchor)
+    noise = codes - quantizer.grid.from_zero(span.position(values))
     line = quantizer.line(span, quantizer.fit(codes, noise, view))
     found = {"range_scale": span.scale, "scale": line.scale}
     if span.origin is not None:

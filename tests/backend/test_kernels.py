@@ -148,7 +148,7 @@ def test_tensors_are_rotated_in_kernels_that_compile_for_gpus(
     quantizer = method(1, block_size=128, rotation="hadamard")
     rule, x, upstream = make(quantizer, shape, axes, dtype)
     kernels = pallas.Kernels.of(rule, x.dtype)
-    assert kernels.turn == 128
+    assert kernels.turn.length == 128
     for run in (lambda x, g: kernels.backward(True, x, g), lambda x, g: kernels.integer_codes(x)):
         traced = jax.jit(run).trace(x, upstream)
         assert "keras_rq_tiles" in traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -161,7 +161,8 @@ def test_a_rotation_that_is_no_line_of_the_tile_stays_outside():
     quantizer = Ridge(8, block_size="tensor", rotation="hadamard")
     for axis, turn in ((0, None), (1, 128)):
         rule, x, _ = make(quantizer, (128, 128), axis, "float32")
-        assert pallas.Kernels.of(rule, x.dtype).turn == turn
+        received = pallas.Kernels.of(rule, x.dtype).turn
+        assert (received and received.length) == turn
 
 
 @on_jax
@@ -270,6 +271,31 @@ def test_the_gpu_path_of_codes_and_its_derivative(monkeypatch: pytest.MonkeyPatc
     received = jax.jit(jax.value_and_grad(lambda x: run(x), has_aux=True))(x)
     np.testing.assert_array_equal(received[0][1], expected[0][1])
     assert relative_error(to_numpy(received[1]), to_numpy(expected[1])) < 1e-4
+
+
+@on_jax
+def test_eager_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch):
+    import jax
+
+    import keras_rq as rq
+    from keras_rq.backend import pallas
+    from keras_rq.quantizers.rule import FakeQuantization
+
+    traced = []
+
+    def counted(rule: Any, x: Any) -> Any:
+        traced.append(x.shape)
+        return forward(rule, x)
+
+    forward = FakeQuantization.forward
+    monkeypatch.setattr(pallas, "on_gpu", lambda: True)
+    monkeypatch.setattr(FakeQuantization, "forward", counted)
+    x = jax.numpy.ones((8, 128))
+    rq.ops.fake_quantize(x, Ridge(4))
+    before = len(traced)
+    assert before > 0
+    rq.ops.fake_quantize(2 * x, Ridge(4))
+    assert len(traced) == before
 
 
 @pytest.fixture

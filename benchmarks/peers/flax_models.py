@@ -99,7 +99,7 @@ class NanoGPT(nn.Module):
         # Its gradient in float32, as in benchmarks/models.py, which says why.
         x = nn.Embed(common.VOCABULARY, self.width, dtype="float32", embedding_init=normal)(tokens)
         table = self.param("positions", normal, (common.CONTEXT, self.width))
-        x = _dropout((x + table).astype(self.dtype))
+        x = _dropout(x.astype(self.dtype) + table.astype(self.dtype))
         for index in range(self.blocks):
             x = Block(self.dtype, self.heads, self.dot, name=f"block{index}")(x)
         head = nn.Dense(

@@ -103,7 +103,10 @@ class NanoGPT(nn.Module):
         x = self.dropout(self.tokens(tokens) + self.positions)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        # In float32, as in benchmarks/models.py.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float())
 
 
 def train_step(job: common.Job, mode: str, model: nn.Module) -> common.Training:

@@ -40,8 +40,8 @@ _PROGRAMS = 132  # one for each multiprocessor of an H200: small tensors have sm
 # in a tile, or more warps, several do the same, or wait for each other.
 _TURN_TILE, _TURN_WARPS = (2048, 8192), (2, 4)
 # Of the matrix: sums and differences of pieces do the rest of a rotation. Of 16, 32, 64 and 128, an
-# H200 ran 64 fastest. Many pieces take long to compile.
-_TURN_SIDE, _MOST_PIECES = 64, 16
+# H200 ran 64 fastest.
+_TURN_SIDE = 64
 _SMALLEST_SIDE = 16  # of a matrix that Triton multiplies
 
 
@@ -50,9 +50,10 @@ class _Turn(NamedTuple):
 
     Attributes:
         length: of the lines that are rotated.
-        side: of the matrix. A piece is columns as long, or rows of lines of as many elements.
+        side: of the matrix.
         axis: of the blocks, in a tile.
-        sizes: of the pieces of a block; a single one may be longer than it.
+        sizes: of the pieces of a block: as long as the matrix, or a single one for rows of several
+            lines, padded.
     """
 
     length: int
@@ -66,22 +67,21 @@ class _Turn(NamedTuple):
         length, tiling = rule.turn, rule.inside("float32").tiling
         if length is None or length < _SMALLEST_SIDE or tiling is None:
             return None
-        axis = int(tiling[2] == 1)
-        side = min(length, _TURN_SIDE)
-        if (count := tiling[1] // side) <= _MOST_PIECES:
-            return cls(length, side, axis, (side,) * count)
-        return cls(length, length, axis, (pl.next_power_of_2(tiling[1]),))
+        _, block, inner = tiling
+        if block == length:
+            side = min(length, _TURN_SIDE)
+            return cls(length, side, int(inner == 1), (side,) * (length // side))
+        return cls(length, length, 1, (pl.next_power_of_2(block),)) if inner == 1 else None
 
     def __call__(self, pieces: Sequence[Any], matrix: Any) -> list[Any]:
         """Rotated pieces, float32. The matrix is of signs, of 16 bits."""
-        made, count = [self._product(piece, matrix) for piece in pieces], self.length // self.side
-        lines = [transformed(made[at : at + count]) for at in range(0, len(made), count)]
-        return [one * (1.0 / math.sqrt(self.length)) for line in lines for one in line]
+        made = transformed([self._product(piece, matrix) for piece in pieces])
+        return [one * (1.0 / math.sqrt(self.length)) for one in made]
 
     def _product(self, x: Any, matrix: Any) -> Any:
         # The small parts first.
         parts = reversed(_in_16_bits(x)) if x.dtype == jnp.float32 else [x]
-        return sum(self._times(part, matrix.astype(part.dtype)) for part in parts)
+        return functools.reduce(jnp.add, [self._times(part, matrix) for part in parts])
 
     def _times(self, x: Any, matrix: Any) -> Any:
         if self.axis == 0:
@@ -129,7 +129,7 @@ class _Tiles(NamedTuple):
         beside = min(max(size // padded, least), pl.next_power_of_2(other))
         if padded * beside > _LARGEST_TILE:
             return None
-        if turn is not None and (beside < least or not (is_row or sizes[0] == turn.side)):
+        if turn is not None and beside < least:
             return None
         may_narrow = turn is None or not is_row
         while may_narrow and beside > least and around * pl.cdiv(other, beside) < _PROGRAMS:
@@ -216,7 +216,7 @@ class Kernels(NamedTuple):
         inside: what is left of the rule for them.
         tiles: theirs.
         outside: the rule that says what enters and leaves them.
-        turn: length of the lines that they rotate, or None.
+        turn: how they rotate tiles; None: they do not.
         interpret: run them as array operations, on any device.
     """
 

@@ -55,7 +55,7 @@ class Cut(NamedTuple):
 
     Attributes:
         axis: of the blocks.
-        sizes: of the pieces along it, all equal; no other axis of a tile is as long as their sum.
+        sizes: of the pieces along it, all equal.
     """
 
     axis: int

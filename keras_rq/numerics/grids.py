@@ -93,8 +93,13 @@ class Grid:
 
     def from_zero(self, position: Any) -> Any:
         """A position that is counted from the anchor, counted from the code 0."""
+        return self.counted_from(0.0, position)
+
+    def counted_from(self, code: float, position: Any) -> Any:
+        """A position that is counted from the anchor, counted from another code."""
         # No compiler leaves out an addition of zero, which makes a zero of minus zero.
-        return position + self.anchor if self.anchor else position
+        shift = self.anchor - code
+        return position + shift if shift else position
 
     def round(
         self,
@@ -111,7 +116,7 @@ class Grid:
             nearest: rounds to whole numbers, halves to even ones.
         """
         if self.bits == "fp4":
-            return _round_e2m1(position + self.anchor, nearest)
+            return _round_e2m1(self.from_zero(position), nearest)
         if self.edge_step == 2:  # odd integers: halfway is an even integer, which goes up
             codes, shift = 2 * ops.floor(position * 0.5) + 1, 0.0
         elif self.anchor == -0.5:  # halfway is an integer, which goes up: zero does, everywhere

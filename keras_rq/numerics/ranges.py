@@ -156,6 +156,5 @@ def beyond_thresholds(values: Any, span: Range, grid: Grid) -> Any:
     A threshold is where the code changes, half a step within an outermost code.
     """
     half, middle = 0.5 * grid.edge_step, 0.5 * (grid.high + grid.low)
-    position = span.position(values) + (grid.anchor - middle)
-    beyond = abs(position) - (grid.high - middle - half)
+    beyond = abs(grid.counted_from(middle, span.position(values))) - (grid.high - middle - half)
     return ops.maximum(beyond * (1.0 / half), 0.0)

@@ -363,10 +363,10 @@ class Quantizer:
         Raises:
             TypeError: the quantizer has variables of its own.
         """
-        x = ops.convert_to_tensor(x)
-        rule = self.rule(x.shape, blocks, unrotate=False)
         if self.has_parameters:
             raise TypeError(f"{type(self).__name__} has variables of its own; use `quantize`.")
+        x = ops.convert_to_tensor(x)
+        rule = self.rule(x.shape, blocks, unrotate=False)
         codes, sums, line = backend.integer_codes(rule, x)
         return self._as_tensor(codes, line, rule), sums
 

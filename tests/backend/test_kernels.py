@@ -29,6 +29,7 @@ QUANTIZERS = [
     StraightThrough(4, trust=0.0, range="rms", block_size=64),
     QuEST(4, rotation=None),
     QuEST(1),
+    Ridge(4, rotation="hadamard"),
     Ridge(4, rotation="hadamard", block_size=64),
     BitNet(1, block_size=64),
     EWGS(2, block_size=64),
@@ -290,6 +291,7 @@ def test_eager_calls_are_traced_once(monkeypatch: pytest.MonkeyPatch):
     forward = FakeQuantization.forward
     monkeypatch.setattr(pallas, "on_gpu", lambda: True)
     monkeypatch.setattr(FakeQuantization, "forward", counted)
+    pallas._forward.clear_cache()
     x = jax.numpy.ones((8, 128))
     rq.ops.fake_quantize(x, Ridge(4))
     before = len(traced)

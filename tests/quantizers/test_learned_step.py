@@ -187,3 +187,9 @@ def test_config_round_trip():
     assert quantizer.replace(bits=2).bits == 2
     policy = rq.QuantizationPolicy(weights=quantizer, activations=LearnedStep(8))
     assert rq.QuantizationPolicy.from_config(policy.get_config()).weights == quantizer
+
+
+def test_sums_of_codes_are_for_quantizers_without_variables():
+    quantizer = LearnedStep(4)
+    with pytest.raises(TypeError, match="LearnedStep has variables of its own; use `quantize`"):
+        quantizer.quantize_and_sum(np.ones((2, 8), "float32"), quantizer.blocks((-1,)))

@@ -17,6 +17,7 @@ from keras_rq.backend.common import forget_traces as forget_traces
 from keras_rq.backend.common import make_known as make_known
 from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule
+from keras_rq.numerics.parts import NEUTRAL
 from keras_rq.numerics.rotations import LARGEST
 
 
@@ -101,7 +102,6 @@ def where_traced() -> Any:
     return get_opaque_trace_state()
 
 
-_NEUTRAL = {"sum": 0.0, "max": -jnp.inf, "min": jnp.inf}
 _COMBINE = {"sum": jax.lax.add, "max": jax.lax.max, "min": jax.lax.min}
 
 
@@ -113,7 +113,7 @@ def reduce_at_once(arrays: Sequence[Any], ways: Sequence[str], axis: int) -> Seq
 
     if len(arrays) == 1:
         return [_chained(*arrays, *ways, axis)]
-    starts = [jnp.asarray(_NEUTRAL[way], "float32") for way in ways]
+    starts = [jnp.asarray(NEUTRAL[way], "float32") for way in ways]
     return jax.lax.reduce(tuple(arrays), tuple(starts), combine, (axis,))
 
 

@@ -17,6 +17,7 @@ from keras_rq.backend.common import integer_codes as integer_codes
 from keras_rq.backend.common import make_known as make_known
 from keras_rq.backend.common import unpadded
 from keras_rq.backend.rule import Forward, GradientRule
+from keras_rq.numerics.parts import NEUTRAL
 
 # TensorFlow promises neither; without them every statistic takes a pass of its own.
 try:
@@ -41,7 +42,6 @@ def _for_xla_on_a_cpu() -> bool:
     return not is_elsewhere and GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph())
 
 
-_NEUTRAL = {"sum": 0.0, "max": -float("inf"), "min": float("inf")}
 _COMBINE = {"sum": tf.add, "max": tf.maximum, "min": tf.minimum}
 
 
@@ -51,7 +51,7 @@ def reduce_at_once(arrays: Sequence[Any], ways: Sequence[str], axis: int) -> Seq
         return common.reduce_at_once(arrays, ways, axis)
     return gen_xla_ops.xla_variadic_reduce_v2(
         inputs=arrays,
-        init_values=[tf.constant(_NEUTRAL[way]) for way in ways],
+        init_values=[tf.constant(NEUTRAL[way]) for way in ways],
         dimensions_to_reduce=[axis],
         reducer=_combined(tuple(ways)),
     )

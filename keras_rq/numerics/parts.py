@@ -27,8 +27,8 @@ _SHORTEST, _LONGEST = 8, 16  # elements of a part: reductions of more take ten t
 _FEWEST_COLUMNS = 32  # below, rows are too short for vector instructions
 _LANES = 16  # parts beside each other, or a multiple
 
-# By the name of a statistic: how it is reduced, and what changes nothing.
-_WAYS = {"mean_of_present": ("sum", 0.0), "max": ("max", -np.inf), "min": ("min", np.inf)}
+_WAYS = {"mean_of_present": "sum", "max": "max", "min": "min"}  # by the name of a statistic
+NEUTRAL = {"sum": 0.0, "max": -math.inf, "min": math.inf}  # by way: what changes nothing
 
 Reduce = Callable[[Sequence[Any], Sequence[str], int], Sequence[Any]]
 
@@ -152,7 +152,8 @@ class _Statistics:
         raise NotImplementedError("Parts are for statistics.")
 
     def at_once(self, *wanted: tuple[str, Parts]) -> tuple[Any, ...]:
-        ways, neutral = zip(*(_WAYS[name] for name, _ in wanted), strict=True)
+        ways = [_WAYS[name] for name, _ in wanted]
+        neutral = [NEUTRAL[way] for way in ways]
         given = [
             (self._or(values, absent) if absent else values).values  # zero already: see `present`
             for (_, values), absent in zip(wanted, neutral, strict=True)

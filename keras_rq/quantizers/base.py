@@ -351,11 +351,9 @@ class Quantizer:
         if not self.has_parameters:
             return self.quantize_and_sum(x, blocks)[0]
         x = ops.convert_to_tensor(x)
-        rule, multiplier = self.rule(x.shape, blocks, unrotate=False), self.grid.code_multiplier
-        rotated = self.rotate(x, blocks)
-        codes, line = parametric.encode(self, rotated, rule.view, blocks, parameters)
-        codes = ops.cast(rule.view.merge(codes) * multiplier, "int8")
-        return self._as_tensor(codes, line.for_multiplied_codes(multiplier), rule)
+        rule, rotated = self.rule(x.shape, blocks, unrotate=False), self.rotate(x, blocks)
+        codes, line = rule.stored(*parametric.encode(self, rotated, rule.view, blocks, parameters))
+        return self._as_tensor(ops.cast(rule.view.merge(codes), "int8"), line, rule)
 
     def quantize_and_sum(self, x: Any, blocks: Blocks) -> tuple[QuantizedTensor, Any]:
         """What `quantize` returns, and the int32 sums of every block's codes, split like the view.

@@ -177,12 +177,15 @@ class FakeQuantization:
 
     def integer_codes(self, x: Any) -> tuple[Any, Any, Line]:
         """The int8 codes of a tensor; the int32 sum of each block's and its line, float32."""
-        view, multiplier = self.view, self.quantizer.grid.code_multiplier
-        encoding = self.quantizer.encode(self._rotate(x), view, self.blocks)
-        codes = ops.cast(encoding.codes * multiplier, "int32")
-        sums = ops.sum(codes, axis=view.reduced, keepdims=True)
-        line = encoding.line.for_multiplied_codes(multiplier)
-        return ops.cast(view.merge(codes), "int8"), sums, line
+        encoding = self.quantizer.encode(self._rotate(x), self.view, self.blocks)
+        codes, line = self.stored(encoding.codes, encoding.line)
+        sums = ops.sum(codes, axis=self.view.reduced, keepdims=True)
+        return ops.cast(self.view.merge(codes), "int8"), sums, line
+
+    def stored(self, codes: Any, line: Line) -> tuple[Any, Line]:
+        """Codes as they are stored, whole numbers in int32, and the line of those."""
+        multiplier = self.quantizer.grid.code_multiplier
+        return ops.cast(codes * multiplier, "int32"), line.for_multiplied_codes(multiplier)
 
     def again(self, x: Any, statistics: Sequence[Any]) -> Any:
         span, fitted = self._parts(statistics)
